@@ -1,0 +1,165 @@
+"""The contracts: what a method of each axis offers, and what the machine side offers to the stages."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Generator, Tensor, nn
+
+    from edgesft.core.data import Batch
+
+    FloatArray: TypeAlias = npt.NDArray[np.float32]
+    IntArray: TypeAlias = npt.NDArray[np.int64]
+
+Theta: TypeAlias = "dict[str, Tensor]"  # the trainable tensors of one layer, or of all by `<layer>.<name>`
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A zeroth-order perturbation that is described, never applied: theta + scale * z(seed).
+
+    z is made again wherever it is needed from (seed, tensor id, element index), so no order of layers,
+    chunks or threads can change it. scale: +eps or -eps.
+    """
+
+    seed: int
+    scale: float
+
+
+# The loss at theta (None) or at a shifted theta. Weights are the same before and after a call.
+Loss: TypeAlias = "Callable[[Shift | None], Tensor]"
+
+
+class Region(Protocol):
+    """Which entries of one tensor may change."""
+
+    def numel(self, w: "Tensor") -> int: ...
+    def mask(self, w: "Tensor") -> "Tensor": ...  # bool, the shape of w
+    def take(self, w: "Tensor") -> "Tensor": ...  # (numel,)
+    def add(self, w: "Tensor", values: "Tensor") -> "Tensor": ...  # differentiable; outside is untouched
+
+
+class Signals(Protocol):
+    """Calibration statistics; only what a method's `needs` names is ever gathered."""
+
+    def input_sq(self, name: str) -> "Tensor": ...  # (in,)
+    def hessian(self, name: str) -> "Tensor": ...  # (in, in)
+    def grad_sq(self, name: str) -> "Tensor": ...  # (out, in)
+    def previous(self, name: str) -> "Tensor": ...  # (out, in), the phase before
+
+
+class Select(Protocol):
+    """1 -- which entries may change."""
+
+    needs: ClassVar[frozenset[str]]
+
+    def region(self, name: str, weight: "Tensor", signals: Signals, progress: float) -> Region | None: ...
+
+
+class WeightDelta(Protocol):
+    """2a -- a change written into the weight."""
+
+    def init(self, weight: "Tensor", region: Region, rng: "Generator") -> Theta: ...
+    def effective(self, weight: "Tensor", region: Region, theta: Theta, progress: float) -> "Tensor": ...
+
+
+class OutputDelta(Protocol):
+    """2b -- a change written beside the layer; `fold` where it can also go into the weight."""
+
+    def init_output(self, module: "nn.Linear", rng: "Generator") -> Theta: ...
+    def output(self, x: "Tensor", y: "Tensor", theta: Theta) -> "Tensor": ...
+    def fold(
+        self, weight: "Tensor", bias: "Tensor | None", theta: Theta
+    ) -> "tuple[Tensor, Tensor | None]": ...
+
+
+class Gradient(Protocol):
+    """A direction of descent that need never exist whole."""
+
+    @property
+    def loss(self) -> float: ...
+    def items(self) -> "Iterator[tuple[str, Tensor]]": ...
+
+
+class Estimate(Protocol):
+    """3a -- how the direction of descent is found."""
+
+    def gradient(self, loss: Loss, params: Theta, seed: int) -> Gradient: ...
+
+
+class Objective(Protocol):
+    """3b -- what is minimised."""
+
+    def loss(self, model: "nn.Module", batch: "Batch", reference: "nn.Module | None") -> "Tensor": ...
+
+
+class Patch(Protocol):
+    """4 -- what is skipped while the model runs (tokens: in training; activate: at inference)."""
+
+    def attach(self, model: "nn.Module") -> AbstractContextManager[None]: ...
+
+
+class Compress(Protocol):
+    """5 -- what one weight becomes for the device. weight: (out, in), float32, not modified."""
+
+    needs: ClassVar[frozenset[str]]
+
+    def compress(self, name: str, weight: "Tensor", signals: Signals) -> "Tensor": ...
+
+
+class Compose(Protocol):
+    """6 -- what several deltas become."""
+
+    def compose(self, deltas: "Sequence[Mapping[str, Tensor]]") -> "dict[str, Tensor]": ...
+
+
+class Runnable(Protocol):
+    """A loaded model, ours or exported, behind one small interface (numpy in, numpy out; no torch needed)."""
+
+    vocabulary: int
+    kind: str  # "decoder" or "encoder"
+
+    def logits(
+        self, input_ids: "IntArray", attention_mask: "IntArray", positions: "IntArray"
+    ) -> "FloatArray":
+        """Logits (N, vocabulary) after each of `positions` (N,), flat indices b * S + t into right-padded
+        `input_ids` (B, S). Encoders return hidden states (N, hidden) there."""
+        ...
+
+    def start(self, capacity: int) -> "Decoding":
+        """A fresh single-sequence decoding state with room for `capacity` tokens."""
+        ...
+
+
+class Decoding(Protocol):
+    """One sequence with its KV cache."""
+
+    def prefill(self, input_ids: "IntArray") -> "FloatArray":
+        """Feed a prompt (S,); logits (vocabulary,) after its last token."""
+        ...
+
+    def step(self, token: int) -> "FloatArray":
+        """Feed one token; logits (vocabulary,) after it."""
+        ...
+
+
+class Exporter(Protocol):
+    """Writes a model for a runtime."""
+
+    target: ClassVar[str]  # "onnx", "tensorrt"
+
+    def problems(self, model: Path) -> list[str]: ...
+    def export(self, model: Path, out: Path) -> dict[str, Any]: ...
+
+
+class Kernel(Protocol):
+    """One implementation of an operation; `kernels.dispatch` picks the fastest that fits."""
+
+    op: ClassVar[str]
+
+    def fits(self) -> bool: ...
