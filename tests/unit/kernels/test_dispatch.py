@@ -1,0 +1,79 @@
+"""Dispatch: the reference is always there, native code only when its numbers are right."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from edgesft.core.errors import UsageError
+from edgesft.kernels import dispatch, native, perturb
+from edgesft.kernels.perturb import cpu
+
+
+def test_operations_end_with_their_reference():
+    assert "perturb" in dispatch.operations()
+    for op in dispatch.operations():
+        found = dispatch.implementations(op)
+        assert all(each.op == op for each in found)
+        assert found[-1].name == "reference"
+        assert found[-1].fits()
+
+
+def test_unknown_operation_is_refused():
+    with pytest.raises(UsageError, match="`pertub`") as caught:
+        dispatch.implementations("pertub")
+    assert "`perturb`" in (caught.value.hint or "")
+
+
+def run(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_status_does_not_import_torch():
+    code = "from edgesft.kernels import dispatch; print(dispatch.status())"
+    code += "; import sys; print('torch' in sys.modules)"
+    status, torch_loaded = run(code).splitlines()
+    assert "'perturb': {'implementation': " in status
+    assert torch_loaded == "False"
+
+
+def test_status_says_why_native_code_is_not_used():
+    code = "from edgesft.kernels import dispatch; print(dispatch.status())"
+    expected = "'implementation': 'reference', 'why': 'no native: EDGESFT_NATIVE=0; plain torch'"
+    assert expected in run(code, EDGESFT_NATIVE="0")
+    assert "no C++ compiler" in run(code, CXX="no-such-compiler-here")
+
+
+def test_reference_takes_over_without_native_code():
+    code = (
+        "import torch; torch.set_num_threads(1); from edgesft.kernels import dispatch, perturb;"
+        "print(dispatch.pick('perturb', torch.empty(2)).name);"
+        "print(perturb.noise((40,), 1, 2).tolist())"
+    )
+    name, values = run(code, EDGESFT_NATIVE="0").splitlines()
+    assert name == "reference"
+    assert values == str(perturb.noise((40,), 1, 2).tolist())
+
+
+@pytest.mark.skipif(not native.state(cpu.SOURCE)[0], reason="no native code here")
+def test_native_code_with_other_numbers_is_refused(monkeypatch, tmp_path, caplog):
+    """Unsafe arithmetic in $CXX compiles, but does not pass."""
+    command = " ".join(native.find_compiler().command)
+    monkeypatch.setenv("EDGESFT_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", f"{command} -ffast-math")
+    monkeypatch.setattr(native, "_refused", {})
+    native._load.cache_clear()
+    cpu._library.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert dispatch.pick("perturb", torch.empty(2)).name == "reference"
+        assert "differ from the reference" in caplog.text
+        assert dispatch.status()["perturb"]["implementation"] == "reference"
+    finally:
+        native._load.cache_clear()
+        cpu._library.cache_clear()
