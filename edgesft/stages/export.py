@@ -1,0 +1,74 @@
+"""Model -> a folder that a runtime runs: the graph, its weights, how to feed it, the tokenizer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from edgesft.core import models
+from edgesft.core.artifact import Artifact, Workdir
+from edgesft.core.catalog import runtime
+from edgesft.core.errors import DeviceError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from edgesft.exporters.dialects.graph import Precision
+
+TARGETS = ("onnx", "tensorrt")
+_CARRIED = ("pattern", "density")  # a latency is never apart from what made it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a model for a runtime.
+
+    quantize: `int8` and `int4` cut matrices into blocks of `group` inputs with a scale each; exact zeros
+    stay zero. accuracy_level: 4 computes in int8 (fast), 0 in float32 (exact), as MatMulNBits has it.
+    Raises UsageError for an unknown target, DeviceError for one that this version cannot write.
+    """
+
+    name: ClassVar[str] = "export"
+    gives: ClassVar[str] = "onnx"
+
+    target: Annotated[str, Field(description="`onnx`")] = "onnx"
+    quantize: Annotated[Literal["none", "int8", "int4"], Field(description="precision of the weights")] = (
+        "none"
+    )
+    group: Annotated[Literal[16, 32, 64, 128, 256], Field(description="inputs that share a scale")] = 32
+    accuracy_level: Annotated[Literal[0, 1, 4], Field(description="4: int8 arithmetic; 0 or 1: float32")] = 4
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise UsageError(f"there is no export target `{self.target}`", nearest(self.target, TARGETS))
+        if self.target == "tensorrt":
+            raise DeviceError("the target `tensorrt` is not available in this version", "use `--target onnx`")
+
+    def params(self) -> dict[str, Any]:
+        """The fields; group and accuracy_level only where they decide anything."""
+        asked: dict[str, Any] = {"target": self.target, "quantize": self.quantize}
+        if self.quantize != "none":
+            asked |= {"group": self.group, "accuracy_level": self.accuracy_level}
+        return asked
+
+    def _precision(self) -> "Precision":
+        made: Precision = runtime("exporters.dialects.graph").Precision(
+            self.quantize, self.group, self.accuracy_level
+        )
+        return made
+
+    def problems(self, inputs: Mapping[str, Artifact]) -> list[str]:
+        """Whether the architecture can be exported at this precision."""
+        found: list[str] = runtime("exporters.onnx").problems(inputs["model"].path, self._precision())
+        return found
+
+    def run(self, inputs: Mapping[str, Artifact], work: Workdir) -> dict[str, Any]:
+        """Write the folder; metrics: bytes, builder, layers, parameters by precision, pattern and density."""
+        model = inputs["model"]
+        metrics: dict[str, Any] = runtime("exporters.onnx").export(model.path, work.path, self._precision())
+        models.copy_files(model.path, work.path)
+        return metrics | {key: carried(model, key) for key in _CARRIED}
+
+
+def carried(model: Artifact, key: str) -> Any:  # noqa: ANN401 - a pattern or a density
+    """What the manifest of a model says about its sparsity: measured if it was, asked for otherwise."""
+    return model.metrics.get(key, model.manifest.get("params", {}).get(key))

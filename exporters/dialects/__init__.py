@@ -1,0 +1,1 @@
+"""One decoder description in each runtime's best operations."""

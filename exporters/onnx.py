@@ -1,0 +1,97 @@
+"""Export a model folder to ONNX: the direct builder where it knows the architecture, tracing elsewhere."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgesft.core import console
+from edgesft.core.artifact import write_json
+from edgesft.core.errors import ArtifactError
+from edgesft.exporters import decoder
+from edgesft.exporters.description import FILE, FORMAT
+from edgesft.exporters.dialects.graph import Precision
+from edgesft.exporters.dialects.onnxruntime import build
+from edgesft.exporters.external import DATA, MODEL
+from edgesft.exporters.weights import Arrays
+
+TARGET = "onnx"
+
+
+def problems(model: Path, precision: Precision) -> list[str]:
+    """Why `model` cannot be exported that way, asked before anything is written; empty if it can.
+
+    Raises ArtifactError for a broken folder.
+    """
+    unknown = decoder.problems(model)
+    if unknown and precision.quantize != "none":
+        return [
+            f"`{model}` has {unknown[0]}; `--quantize {precision.quantize}` needs a family among "
+            + ", ".join(f"`{f}`" for f in decoder.FAMILIES)
+        ]
+    return []
+
+
+def export(model: Path, out: Path, precision: Precision) -> dict[str, Any]:
+    """Write model.onnx, its data and export.json into `out`; return the metrics of the manifest.
+
+    Raises ArtifactError for a model that is broken, holds NaN or Inf, or that nothing here can export.
+    """
+    found = problems(model, precision)
+    if found:
+        raise ArtifactError(found[0])
+    unknown = decoder.problems(model)
+    if unknown:
+        console.say(f"tracing, because the direct builder does not know {unknown[0]}")
+        description, by_precision = _traced(model, out)
+    else:
+        description, by_precision = _direct(model, out, precision)
+    write_json(out / FILE, description)
+    return {
+        "bytes": sum((out / name).stat().st_size for name in (MODEL, DATA) if (out / name).exists()),
+        "builder": description["builder"],
+        "kind": description["kind"],
+        "layers": description["layers"],
+        "parameters": by_precision,
+        "quantize": description["quantize"],
+    }
+
+
+def _direct(model: Path, out: Path, precision: Precision) -> tuple[dict[str, Any], dict[str, int]]:
+    d = decoder.describe(model)
+    built = build(d, Arrays(model), out, precision)
+    pairs = [f"{i}.{part}" for i in range(d.layers) for part in ("key", "value")]
+    return {
+        "format": FORMAT,
+        "kind": "decoder",
+        "builder": "direct",
+        "shared_kv": True,
+        "architecture": d.architecture,
+        "layers": d.layers,
+        "heads": d.heads,
+        "kv_heads": d.kv_heads,
+        "head_dim": d.head_dim,
+        "vocabulary": d.vocabulary,
+        "hidden": d.hidden,
+        "context": d.context,
+        "quantize": precision.quantize,
+        "group": precision.group,
+        "accuracy_level": precision.accuracy_level,
+        "eos": list(d.eos),
+        "inputs": [
+            "input_ids",
+            "attention_mask",
+            *(f"past_key_values.{p}" for p in pairs),
+            "logit_positions",
+        ],
+        "outputs": ["logits", *(f"present.{p}" for p in pairs)],
+        "weights": built.weights,
+    }, built.precision
+
+
+def _traced(model: Path, out: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    from edgesft.core.models import tensors
+    from edgesft.exporters import traced
+
+    description: Mapping[str, Any] = traced.export(model, out)
+    return {"format": FORMAT, **json.loads(json.dumps(description))}, {"float32": tensors(model).numel}

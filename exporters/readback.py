@@ -1,0 +1,65 @@
+"""Read the weights of an exported folder back under their original names.
+
+export.json maps each original tensor to the initializer that holds it: `rows` [a, b) of `tensor`; with
+`bits`, `scales` and perhaps `zeros` if it is quantised, `transposed` if the initializer is (in, out).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgesft.core.artifact import safe_name
+from edgesft.core.errors import ArtifactError
+from edgesft.exporters.description import read_description
+from edgesft.exporters.quantize import Quantized, dequantize
+from edgesft.exporters.weights import FloatArray
+
+_DTYPES: dict[int, Any] = {1: np.dtype("<f4"), 2: np.dtype("u1")}  # TensorProto.DataType
+
+
+def read_back(exported: Path) -> Iterator[tuple[str, FloatArray]]:
+    """(original name, float32 array as the runtime computes with it). Matrices are (out, in).
+
+    Raises ArtifactError if the folder carries no map of its weights or the map does not fit the graph.
+    """
+    from edgesft.exporters import safety
+
+    table = read_description(exported).get("weights")
+    if not isinstance(table, dict) or not table:
+        raise ArtifactError(f"`{exported}` has no map of its weights in export.json")
+    safety.check(exported)
+    initializers = {t.name: t for t in safety.parse(exported).graph.initializer}
+
+    def array(name: str) -> Any:  # noqa: ANN401 - uint8 or float32
+        if name not in initializers:
+            raise ArtifactError(f"`{exported}` has no initializer `{name}`; export.json names it")
+        return _array(exported, initializers[name])
+
+    for name, entry in table.items():
+        start, stop = entry["rows"]
+        held = array(entry["tensor"])
+        if "bits" in entry:
+            scales = array(entry["scales"])
+            zeros = array(entry["zeros"])[start:stop] if "zeros" in entry else None
+            held = Quantized(held[start:stop], scales[start:stop], zeros)
+            yield name, dequantize(held, entry["bits"], entry["inputs"])
+        elif entry.get("transposed"):
+            yield name, np.ascontiguousarray(held[:, start:stop].T)
+        else:
+            yield name, np.array(held[start:stop])
+
+
+def _array(folder: Path, tensor: Any) -> Any:  # noqa: ANN401 - protobuf messages are untyped
+    """An initializer, its external data mapped. `safety.check` has found its place safe."""
+    dtype, shape = _DTYPES.get(tensor.data_type), tuple(tensor.dims)
+    if dtype is None:
+        raise ArtifactError(
+            f"`{tensor.name}` in `{folder}` has the type {tensor.data_type}, expected float32 or uint8"
+        )
+    external = {entry.key: entry.value for entry in tensor.external_data}
+    if external:
+        file = folder / safe_name(external["location"])
+        return np.memmap(file, dtype, "r", int(external.get("offset", 0)), shape)
+    return np.frombuffer(tensor.raw_data, dtype).reshape(shape)

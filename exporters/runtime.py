@@ -1,0 +1,306 @@
+"""Run an exported model behind the small interface of `core.protocols.Runnable`, and generate greedily.
+
+Neither torch nor transformers is imported. Nothing of the folder reaches ONNX Runtime before its manifest,
+its description and the places of its external data are checked.
+"""
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgesft.core import artifact
+from edgesft.core import threads as core_threads
+from edgesft.core.errors import ArtifactError, DeviceError, UsageError
+from edgesft.exporters.description import read_description
+from edgesft.exporters.external import MODEL
+from edgesft.exporters.weights import FloatArray
+
+if TYPE_CHECKING:
+    from edgesft.core.protocols import Decoding, Runnable
+
+IntArray = npt.NDArray[np.int64]
+
+
+class _Session(Protocol):
+    """What is used of onnxruntime.InferenceSession, which has no types of its own."""
+
+    def run(self, names: Sequence[str] | None, feeds: Mapping[str, Any]) -> list[Any]: ...
+    def run_with_iobinding(self, binding: Any) -> None: ...  # noqa: ANN401
+    def io_binding(self) -> Any: ...  # noqa: ANN401
+    def get_inputs(self) -> list[Any]: ...
+    def get_outputs(self) -> list[Any]: ...
+    def get_overridable_initializers(self) -> list[Any]: ...
+
+
+def load(path: Path, *, threads: int = 0, spin: bool = True) -> "OnnxRunnable":
+    """The runnable of an exported folder, every byte checked against its manifest.
+
+    threads: 0 takes the physical cores. spin: whether waiting threads burn their core, which is faster on a
+    free machine and slower on a shared one. Raises ArtifactError for a folder that is missing, altered, of
+    another kind or unsafe; DeviceError if this ONNX Runtime cannot run it.
+    """
+    artifact.read(Path(path), "onnx")
+    return OnnxRunnable(Path(path), threads=threads, spin=spin)
+
+
+class OnnxRunnable:
+    """An exported folder. Building it checks places, not hashes; `load` checks both."""
+
+    def __init__(self, path: Path, *, threads: int = 0, spin: bool = True) -> None:
+        from edgesft.exporters import safety
+
+        self.path = Path(path)
+        self.description = read_description(self.path)
+        safety.check(self.path)
+        self.threads = core_threads.resolve(threads)
+        self.session = open_session(self.path / MODEL, threads=self.threads, spin=spin)
+        self.kind: str = self.description["kind"]
+        self.vocabulary: int = self.description["vocabulary"]
+        self.context: int = int(self.description.get("context") or 0)
+        self.eos: tuple[int, ...] = tuple(int(i) for i in self.description.get("eos", []))
+        self._takes = [i.name for i in self.session.get_inputs()]
+        self._takes += [i.name for i in self.session.get_overridable_initializers()]
+        self._gives = [o.name for o in self.session.get_outputs()]
+        self._check_names()
+
+    def _check_names(self) -> None:
+        layers = range(self.layers) if self.kind == "decoder" else range(0)
+        needed = ["input_ids", "attention_mask"]
+        needed += [f"past_key_values.{i}.{n}" for i in layers for n in ("key", "value")]
+        missing = [n for n in needed if n not in self._takes]
+        outputs = ["logits" if self.kind == "decoder" else "last_hidden_state"]
+        outputs += [f"present.{i}.{n}" for i in layers for n in ("key", "value")]
+        missing += [n for n in outputs if n not in self._gives]
+        if missing:
+            raise ArtifactError(
+                f"`{self.path / MODEL}` has no input or output `{missing[0]}`; export.json needs it"
+            )
+
+    @property
+    def layers(self) -> int:
+        return self._number("layers")
+
+    def _number(self, key: str) -> int:
+        value = self.description.get(key)
+        if not isinstance(value, int) or value < 1:
+            raise ArtifactError(
+                f"`{self.path}` has `{key}` = `{value}` in export.json, expected a positive integer"
+            )
+        return value
+
+    def cache_shape(self, batch: int, length: int) -> tuple[int, int, int, int]:
+        """(batch, kv_heads, length, head_dim) of one tensor of the KV cache."""
+        return batch, self._number("kv_heads"), length, self._number("head_dim")
+
+    def check_ids(self, ids: IntArray) -> None:
+        """Raises UsageError for an empty text or a token outside the vocabulary."""
+        if ids.size == 0:
+            raise UsageError("there are no tokens to run, expected at least one")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocabulary:
+            bad = low if low < 0 else high
+            raise UsageError(f"token {bad} is outside the vocabulary of {self.vocabulary}")
+
+    def check_length(self, length: int) -> None:
+        """Raises UsageError if a text of `length` tokens exceeds the context."""
+        if self.context and length > self.context:
+            raise UsageError(f"{length} tokens are more than the model's context of {self.context}")
+
+    def logits(
+        self,
+        input_ids: IntArray,  # (B, S)
+        attention_mask: IntArray,  # (B, S)
+        positions: IntArray,  # (N,)
+    ) -> FloatArray:
+        """Logits (N, vocabulary), of encoders hidden states (N, hidden), at flat positions b * S + t.
+
+        Rows are padded on the right. Raises UsageError for what does not fit the model.
+        """
+        self.check_ids(input_ids)
+        self.check_length(input_ids.shape[1])
+        _check_padding(attention_mask)
+        feeds: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if "token_type_ids" in self._takes:
+            feeds["token_type_ids"] = np.zeros_like(input_ids)
+        if self.kind == "encoder":
+            (states,) = self.session.run(["last_hidden_state"], feeds)
+            return _at(states, positions)
+        empty = np.zeros(self.cache_shape(len(input_ids), 0), np.float32)
+        feeds |= {f"past_key_values.{i}.{n}": empty for i in range(self.layers) for n in ("key", "value")}
+        if "logit_positions" in self._takes:
+            feeds["logit_positions"] = np.asarray(positions, np.int64)
+            (found,) = self.session.run(["logits"], feeds)
+            return _float(found)
+        (found,) = self.session.run(["logits"], feeds)
+        return _at(found, positions)
+
+    def start(self, capacity: int) -> "Decoding":
+        """A fresh decoding state with room for `capacity` tokens. Raises UsageError beyond the context."""
+        if self.kind != "decoder":
+            raise UsageError(f"`{self.path}` is an encoder, only a decoder generates text")
+        self.check_length(capacity)
+        return _Shared(self, capacity) if self.description.get("shared_kv") else _Growing(self, capacity)
+
+
+class _Shared:
+    """Past and present are one buffer of `capacity` rows, bound once: a step copies no cache."""
+
+    def __init__(self, model: OnnxRunnable, capacity: int) -> None:
+        import onnxruntime as ort
+
+        self._model, self._capacity, self._length = model, capacity, 0
+        self._mask = np.ones((1, capacity), np.int64)
+        self._logits = np.empty((1, model.vocabulary), np.float32)
+        self._io = model.session.io_binding()
+        self._io.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits))
+        self._caches = []
+        for i in range(model.layers):
+            for name in ("key", "value"):
+                # pages of zeros appear when first written, so a long capacity costs nothing until it is used
+                buffer = np.zeros(model.cache_shape(1, capacity), np.float32)
+                value = ort.OrtValue.ortvalue_from_numpy(buffer)
+                self._io.bind_ortvalue_input(f"past_key_values.{i}.{name}", value)
+                self._io.bind_ortvalue_output(f"present.{i}.{name}", value)
+                self._caches.append((buffer, value))
+        self._token = np.zeros((1, 1), np.int64)
+
+    def prefill(self, input_ids: IntArray) -> FloatArray:
+        """Feed a prompt (S,), or more of it; logits (vocabulary,) after its last token."""
+        self._model.check_ids(input_ids)
+        return self._feed(np.array(input_ids, np.int64, ndmin=2))
+
+    def step(self, token: int) -> FloatArray:
+        """Feed one token; logits (vocabulary,) after it."""
+        self._token[0, 0] = token
+        self._model.check_ids(self._token)
+        return self._feed(self._token)
+
+    def _feed(self, ids: IntArray) -> FloatArray:
+        self._length = _room(self._length, ids.shape[1], self._capacity)
+        self._io.bind_cpu_input("input_ids", ids)
+        self._io.bind_cpu_input("attention_mask", self._mask[:, : self._length])
+        self._model.session.run_with_iobinding(self._io)
+        logits: FloatArray = self._logits[0].copy()  # the buffer is written again by the next step
+        return logits
+
+
+class _Growing:
+    """For graphs that return past and new in one: the present of one call is the past of the next."""
+
+    def __init__(self, model: OnnxRunnable, capacity: int) -> None:
+        self._model, self._capacity, self._length = model, capacity, 0
+        self._mask = np.ones((1, capacity), np.int64)
+        empty = np.zeros(model.cache_shape(1, 0), np.float32)
+        names = [f"{i}.{n}" for i in range(model.layers) for n in ("key", "value")]
+        self._names = ["logits", *(f"present.{n}" for n in names)]
+        self._past: dict[str, Any] = {f"past_key_values.{n}": empty for n in names}
+
+    def prefill(self, input_ids: IntArray) -> FloatArray:
+        """Feed a prompt (S,), or more of it; logits (vocabulary,) after its last token."""
+        self._model.check_ids(input_ids)
+        ids = np.array(input_ids, np.int64, ndmin=2)
+        self._length = _room(self._length, ids.shape[1], self._capacity)
+        feeds = {"input_ids": ids, "attention_mask": self._mask[:, : self._length], **self._past}
+        if "logit_positions" in self._model._takes:
+            feeds["logit_positions"] = np.array([ids.shape[1] - 1])
+        logits, *present = self._model.session.run(self._names, feeds)
+        self._past = dict(zip(self._past, present, strict=True))
+        last: FloatArray = _at(logits, np.array([-1]))[0]
+        return last
+
+    def step(self, token: int) -> FloatArray:
+        """Feed one token; logits (vocabulary,) after it."""
+        return self.prefill(np.array([token]))
+
+
+def open_session(file: Path, *, threads: int, spin: bool = True) -> _Session:
+    """An ONNX Runtime session on the CPU. threads: at least 1. The file must have been found safe before.
+
+    Raises DeviceError if this ONNX Runtime has no implementation for an operation, ArtifactError otherwise.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    try:
+        session: _Session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # a class of its own for each status code, of a module without types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        if type(error).__name__ == "NotImplemented":
+            raise DeviceError(f"ONNX Runtime {ort.__version__} cannot run `{file}`: {reason}") from None
+        raise ArtifactError(f"ONNX Runtime {ort.__version__} cannot load `{file}`: {reason}") from None
+    return session
+
+
+@dataclass(frozen=True)
+class Generated:
+    """tokens: the new ones, the end token included if it came. ttft_s: until the first was known.
+
+    step_times: seconds of each further token. stop: `eos` or `length`.
+    """
+
+    tokens: tuple[int, ...]
+    ttft_s: float
+    step_times: tuple[float, ...]
+    stop: str
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decoding speed, the prompt left out; None if nothing was decoded after the first token."""
+        total = sum(self.step_times)
+        return len(self.step_times) / total if total > 0 else None
+
+
+def generate(
+    model: "Runnable", ids: Sequence[int], max_new_tokens: int, eos: Collection[int] = ()
+) -> Generated:
+    """Greedy continuation of `ids`: the most probable token each time, the lowest id among equals.
+
+    Stops after a token of `eos` or `max_new_tokens`. Raises UsageError if prompt and new tokens exceed the
+    context, or if there is no prompt.
+    """
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    state = model.start(len(ids) + max_new_tokens)
+    began = time.perf_counter()
+    token = int(state.prefill(np.array(ids, np.int64)).argmax())
+    last = time.perf_counter()
+    tokens, ttft, steps = [token], last - began, []
+    while token not in eos and len(tokens) < max_new_tokens:
+        token = int(state.step(token).argmax())
+        now = time.perf_counter()
+        steps.append(now - last)
+        last = now
+        tokens.append(token)
+    return Generated(tuple(tokens), ttft, tuple(steps), "eos" if token in eos else "length")
+
+
+def _room(length: int, more: int, capacity: int) -> int:
+    if length + more > capacity:
+        raise UsageError(f"{length + more} tokens are more than the {capacity} that there is room for")
+    return length + more
+
+
+def _check_padding(mask: IntArray) -> None:
+    """Rows of ones, then zeros: the attention kernel only ever sees how long a row is."""
+    if mask.size and (not (mask[:, 0] == 1).all() or (np.diff(mask, axis=1) > 0).any()):
+        raise UsageError("attention_mask is not padded on the right, or a row is empty")
+
+
+def _at(states: Any, positions: IntArray) -> FloatArray:  # noqa: ANN401
+    """Rows (N, width) of (B, S, width) at flat positions."""
+    rows: FloatArray = _float(states).reshape(-1, states.shape[-1])[positions]
+    return rows
+
+
+def _float(array: Any) -> FloatArray:  # noqa: ANN401 - what ONNX Runtime returns
+    found: FloatArray = np.asarray(array, np.float32)
+    return found
