@@ -1,0 +1,30 @@
+"""Write the change into the weight: one number for each entry of the region.
+
+Paper: the sparse difference vectors of diff pruning and of Lottery Ticket SFT (2020-2022), without a penalty.
+Why: merged it costs nothing at inference, it keeps every pattern of zeros that the region respects, and any
+selection can be combined with it.
+How: with the estimate `spsa` and a region of magnitudes the weight itself is tuned in place, and the changed
+entries are compared with the pretrained ones at the end. Otherwise one value an entry is trained beside the
+frozen weight.
+Cost: in place, no number beside the weights. Else 4 bytes an entry of the region, its gradient and optimiser.
+Stored: 4 bytes a changed entry, and for the positions one bit a weight or 4 bytes an entry, the smaller.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from edgesft.core.method import Method, method
+from edgesft.core.protocols import Region, Theta
+
+
+@method
+class Sparse(Method):
+    in_place: ClassVar[bool] = True  # theta may be the weight itself
+
+    def init(self, weight: Tensor, region: Region, rng: Generator) -> Theta:
+        return {"values": torch.zeros(region.numel(weight), dtype=weight.dtype, device=weight.device)}
+
+    def effective(self, weight: Tensor, region: Region, theta: Theta, progress: float) -> Tensor:
+        return region.add(weight, theta["values"])

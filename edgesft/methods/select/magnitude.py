@@ -1,0 +1,27 @@
+"""Train only the weights that are large in absolute value.
+
+Why: the counterpart of `small-magnitude`, to see what the choice of the region is worth; with `backprop` the
+common magnitude criterion of sparse fine-tuning.
+How: per tensor the threshold is the (1 - `density`) quantile of the pretrained |w|, computed once and
+exactly. Tuned in place (`spsa`) the mask |w| >= threshold is found again at each step; with `backprop` it
+stays that of the pretrained weights.
+Cost: one float a tensor. No mask is stored.
+"""
+
+from torch import Tensor
+
+from edgesft.core.method import Method, method
+from edgesft.core.params import Density
+from edgesft.core.protocols import Signals
+from edgesft.core.region import Band, Whole, above, kth_smallest_magnitude
+
+
+@method
+class Magnitude(Method):
+    density: Density = 0.25
+
+    def region(self, name: str, weight: Tensor, signals: Signals, progress: float) -> Band:
+        if self.density == 1:
+            return Whole()
+        k = max(1, round(self.density * weight.numel()))
+        return above(kth_smallest_magnitude(weight, weight.numel() - k + 1))

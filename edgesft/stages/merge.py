@@ -1,0 +1,112 @@
+"""Fold deltas into a model: an ordinary Hugging Face folder that needs nothing of EdgeSFT to load."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from edgesft.core.artifact import Artifact, Workdir
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgesft.core.delta_file import Delta
+    from edgesft.core.weights import Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """MODEL + DELTA... -> model. Several deltas add up. Works tensor by tensor.
+
+    Raises ArtifactError when a delta names a layer or a shape that the model lacks, or holds NaN.
+    """
+
+    name: ClassVar[str] = "merge"
+    gives: ClassVar[str] = "model"
+
+    dtype: Annotated[
+        Literal["source", "float32"], Field(description="type of the merged weights: the model's, or float32")
+    ] = "source"
+    allow_other_base: Annotated[
+        bool, Field(description="merge also a delta that was trained on another model of the same shapes")
+    ] = False
+
+    def params(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def problems(self, inputs: Mapping[str, Artifact]) -> list[str]:
+        found = []
+        for delta in _deltas(inputs):
+            base = delta.manifest.get("inputs", {}).get("model")
+            if base is not None and base != inputs["model"].digest and not self.allow_other_base:
+                found.append(
+                    f"`{delta.ref}` was trained on another model than `{inputs['model'].ref}`: "
+                    f"{base[:19]}..., not {inputs['model'].digest[:19]}..."
+                )
+        return found
+
+    def run(self, inputs: Mapping[str, Artifact], work: Workdir) -> dict[str, Any]:
+        from edgesft.core import delta_file, models
+
+        model = inputs["model"]
+        weights = models.tensors(model.path)
+        loaded = [delta_file.load(delta.path) for delta in _deltas(inputs)]
+        merged = _Merged(weights, loaded, keeps_dtype=self.dtype == "source")
+        models.save(merged, model.path, work.path, dtype=self.dtype)
+        return {
+            "deltas": len(loaded),
+            "layers": len(merged.changed),
+            "changed_values": merged.changed_values,
+            "changed_fraction": merged.changed_values / max(1, weights.numel),
+            "lost_to_rounding": merged.lost,
+        }
+
+
+class _Merged(Mapping[str, "Tensor"]):
+    """The changed weights by their names in the model's files, each made when it is asked for."""
+
+    def __init__(self, weights: "Weights", deltas: "Sequence[Delta]", *, keeps_dtype: bool) -> None:
+        from edgesft.core import delta_file
+
+        self._weights, self._keeps_dtype = weights, keeps_dtype
+        self.changed: dict[str, list[tuple[Delta, str]]] = {}
+        for delta in deltas:
+            for layer in sorted(delta.layers):
+                self.changed.setdefault(delta_file.tensor_name(weights, layer), []).append((delta, layer))
+        self.changed_values = self.lost = 0
+
+    def __len__(self) -> int:
+        return len(self.changed)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.changed)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.changed  # the inherited one would make the tensor
+
+    def __getitem__(self, name: str) -> "Tensor":
+        """The merged tensor, float32: base + sum of the changes, added in float64 where there are several."""
+        stored = self._weights.get(name)
+        base = stored.float()
+        parts = [delta.effective(layer, base) for delta, layer in self.changed[name]]
+        merged = parts[0]
+        if len(parts) > 1:
+            total = base.double()
+            for part in parts:
+                total += part.double() - base.double()
+            merged = total.float()
+        self._count(base, merged, merged.to(stored.dtype).float() if self._keeps_dtype else merged)
+        return merged
+
+    def _count(self, base: "Tensor", merged: "Tensor", written: "Tensor") -> None:
+        wanted = int((merged != base).sum())
+        kept = int((written != base).sum())
+        self.changed_values += kept
+        self.lost += max(0, wanted - kept)
+
+
+def _deltas(inputs: Mapping[str, Artifact]) -> list[Artifact]:
+    """The deltas in the order in which they were given: roles `delta`, or `delta-0`, `delta-1`, ..."""
+    roles = [role for role in inputs if role == "delta" or role.startswith("delta-")]
+    return [inputs[role] for role in sorted(roles, key=lambda role: int(role.partition("-")[2] or 0))]

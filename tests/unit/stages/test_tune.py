@@ -1,0 +1,341 @@
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgesft.core import artifact, catalog, data, delta_file, models, recipe
+from edgesft.core.errors import ArtifactError, Interrupted, UsageError
+from edgesft.core.journal import Journal
+from edgesft.core.stage import execute
+from edgesft.stages.tune import Tune
+
+torch.set_num_threads(1)
+OPTIONS = data.DataOptions(template="{text}", label_words={"0": "b", "1": "g"}, max_length=64)
+SPARSE = {"select": {"use": "small-magnitude"}, "estimate": {"use": "spsa"}, "lr": 1e-4}
+TABLES = {
+    "sparse-mezo": SPARSE,
+    "mezo": {"select": {"use": "everything"}, "estimate": {"use": "spsa", "samples": 2}, "lr": 1e-4},
+    "zo-lora": {
+        "delta": {"use": "lora", "rank": 2},
+        "estimate": {"use": "spsa"},
+        "lr": 1e-3,
+        "optimizer": "adam",
+    },
+    "lora": {"delta": {"use": "lora", "rank": 2, "dropout": 0.1}, "lr": 1e-3, "optimizer": "adam"},
+    "full": {"lr": 1e-4, "optimizer": "adam", "weight_decay": 0.01},
+    "magnitude": {"select": {"use": "magnitude", "density": 0.1}, "lr": 1e-2, "schedule": "cosine"},
+}
+
+
+def stage_of(name="sparse-mezo", **values):
+    small = {"steps": 8, "batch_size": 4, "dev_limit": 8, "eval_every": 3, "snapshot_every": 3}
+    return Tune.from_recipe(TABLES[name] | small | values, OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory):
+    """Ends in x or o, which is the label: what a model without any knowledge can learn."""
+    file = tmp_path_factory.mktemp("data") / "ends.jsonl"
+    rows = ({"text": f"n {i * i % 97} {'xo'[i % 2]}", "label": i % 2} for i in range(400))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_model, sentences):
+    return {"model": models.resolve(str(tiny_model)), "data": data.resolve(str(sentences), OPTIONS)}
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """Digests of an unbroken run of each table, made when first asked for."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            out = tmp_path_factory.mktemp("whole") / name
+            execute(stage_of(name), inputs, out)
+            made[name] = out
+        return made[name]
+
+    return of
+
+
+def digests(folder):
+    """Of every product; the manifest holds times."""
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.iterdir())
+        if p.name != artifact.MANIFEST
+    }
+
+
+def merged_of(out, model):
+    base, delta = delta_file.base_of(model), delta_file.load(out)
+    return {layer: delta.effective(layer, base(layer)) for layer in delta.layers}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_combination_trains_and_repeats_bit_for_bit(name, inputs, whole, tmp_path):
+    first, ran = execute(stage_of(name), inputs, tmp_path / "a")
+    assert ran
+    assert digests(tmp_path / "a") == digests(whole(name))
+    assert first.digest == artifact.read(whole(name)).digest
+    changed = merged_of(tmp_path / "a", inputs["model"].path)
+    base = delta_file.base_of(inputs["model"].path)
+    assert all(not torch.equal(w, base(layer)) for layer, w in changed.items())
+    assert len(changed) == 14
+    assert not (tmp_path / "a" / artifact.PARTIAL).exists()
+
+
+def test_other_seeds_give_other_deltas(inputs, whole, tmp_path):
+    execute(stage_of(seed=1), inputs, tmp_path / "d")
+    assert digests(tmp_path / "d") != digests(whole("sparse-mezo"))
+
+
+def test_metrics(whole):
+    out = whole("sparse-mezo")
+    m = artifact.read(out).metrics
+    assert m["in_place"] is True
+    assert m["trained_fraction_of_layers"] == pytest.approx(0.25, abs=1e-3)
+    assert m["active_fraction"] == pytest.approx(0.25, abs=1e-2)
+    assert m["trained_fraction"] == pytest.approx(m["trainable_values"] / m["parameters"])
+    assert 0 < m["forward_fraction"] < 1
+    assert m["peak_rss_bytes"] > 50e6
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(9))
+    assert [line["step"] for line in lines if "dev_loss" in line] == [0, 3, 6, 8]
+    assert lines[0]["dev_loss"] == m["dev_loss_before"]
+    assert lines[-1]["dev_loss"] == m["dev_loss_after"]
+    assert {"loss", "lr", "projected_gradient", "active_fraction"} <= lines[1].keys()
+    params = json.loads((out / "manifest.json").read_text())["params"]
+    assert params["select"] == {"use": "small-magnitude", "density": 0.25}
+    assert params["estimate"] == {"use": "spsa", "eps": 1e-3, "samples": 1}
+    assert params["data"]["template"] == "{text}"
+    assert params["lr"] == 1e-4
+
+
+def test_back_propagation_learns_the_task(inputs, tmp_path):
+    out, _ = execute(stage_of("lora", steps=40, lr=1e-2, batch_size=8), inputs, tmp_path / "d")
+    assert out.metrics["dev_loss_after"] < 0.8 * out.metrics["dev_loss_before"]
+    assert out.metrics["loss_last"] < out.metrics["loss_first"]
+
+
+def test_zeroth_order_lowers_the_loss(inputs, tmp_path):
+    stage = stage_of(steps=60, lr=3e-3, batch_size=16, eval_every=0, dev_limit=60)
+    out, _ = execute(stage, inputs, tmp_path / "d")
+    assert out.metrics["dev_loss_after"] < out.metrics["dev_loss_before"]
+    assert out.metrics["loss_last"] < out.metrics["loss_first"]
+
+
+def test_nothing_outside_the_region_changes(inputs, whole):
+    stage = stage_of()
+    base = delta_file.base_of(inputs["model"].path)
+    for layer, weight in merged_of(whole("sparse-mezo"), inputs["model"].path).items():
+        region = stage.select.region(layer, base(layer), None, 0.0)
+        mask = region.mask(base(layer))
+        assert torch.equal(weight[~mask], base(layer)[~mask])
+        assert float((weight[mask] != base(layer)[mask]).float().mean()) > 0.99
+
+
+# ---------------------------------------------------------------- interruption
+
+
+class Killed(BaseException):
+    """Stands for a kill: no handler of the product expects it."""
+
+
+@contextmanager
+def killed_at(monkeypatch, count):
+    """Die at the count-th record, before it is written."""
+    real, seen = Journal.append, [0]
+
+    def append(self, record, *, sync=True):
+        seen[0] += 1
+        if seen[0] == count:
+            raise Killed
+        real(self, record, sync=sync)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", append)
+        with pytest.raises(Killed):
+            yield
+
+
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [("sparse-mezo", n) for n in (1, 2, 3, 9, 14, 20)]
+    + [("mezo", 9), ("zo-lora", 4), ("zo-lora", 8), ("lora", 2), ("lora", 8), ("full", 7)],
+)
+def test_a_killed_run_goes_on_bit_for_bit(name, at, inputs, whole, tmp_path, monkeypatch):
+    with killed_at(monkeypatch, at):
+        execute(stage_of(name), inputs, tmp_path / "d")
+    assert not (tmp_path / "d" / artifact.MANIFEST).exists()
+    execute(stage_of(name), inputs, tmp_path / "d")
+    assert digests(tmp_path / "d") == digests(whole(name))
+
+
+def test_a_snapshot_shortens_the_replay(inputs, tmp_path, monkeypatch):
+    from edgesft.core.tuned import Tuned
+
+    with killed_at(
+        monkeypatch, 18
+    ):  # 3 evaluations and 7 steps of 2 records; the last snapshot is after 6 steps
+        execute(stage_of(), inputs, tmp_path / "d")
+    real, calls = Tuned.descend, []
+    monkeypatch.setattr(Tuned, "descend", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
+    execute(stage_of(), inputs, tmp_path / "d")
+    assert len(calls) == 2
+
+
+SCRIPT = """
+import os, signal, sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from edgesft.core import data, models
+from edgesft.core.journal import Journal
+from edgesft.core.stage import execute
+from edgesft.stages.tune import Tune
+
+model, file, out, how = sys.argv[1:]
+options = data.DataOptions(template="{text}", label_words={"0": "b", "1": "g"}, max_length=64)
+table = {"select": {"use": "small-magnitude"}, "estimate": {"use": "spsa"}, "lr": 1e-4}
+table |= {"steps": 8, "batch_size": 4, "dev_limit": 8, "eval_every": 3, "snapshot_every": 3}
+real, seen = Journal.append, [0]
+
+def append(self, record, *, sync=True):
+    real(self, record, sync=sync)
+    seen[0] += 1
+    if seen[0] == 7 and how == "kill":
+        with open(self._path, "ab") as file:
+            file.write(b'{"step": 99, "lo')  # a torn line, as a power cut leaves it
+        os.kill(os.getpid(), signal.SIGKILL)
+    if seen[0] == 7 and how == "int":
+        os.kill(os.getpid(), signal.SIGINT)
+
+Journal.append = append
+inputs = {"model": models.resolve(model), "data": data.resolve(file, options)}
+try:
+    execute(Tune.from_recipe(table, options), inputs, Path(out))
+except Exception as error:
+    print(type(error).__name__, error)
+    sys.exit(getattr(error, "exit_code", 70))
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("kill", -signal.SIGKILL), ("int", 130)])
+def test_a_process_that_is_stopped_goes_on_bit_for_bit(
+    how, code, inputs, whole, tiny_model, sentences, tmp_path
+):
+    arguments = [sys.executable, "-c", SCRIPT, str(tiny_model), str(sentences), str(tmp_path / "d"), how]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env={**os.environ})
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "d" / artifact.PARTIAL).is_dir()
+    if how == "int":
+        assert "Interrupted stopped after" in done.stdout
+    execute(stage_of(), inputs, tmp_path / "d")
+    assert digests(tmp_path / "d") == digests(whole("sparse-mezo"))
+
+
+def test_an_interruption_in_this_process_leaves_the_handlers_as_they_were(inputs, tmp_path, monkeypatch):
+    before, real = signal.getsignal(signal.SIGINT), Journal.append
+
+    def append(self, record, *, sync=True):
+        real(self, record, sync=sync)
+        if record["step"] == 2 and "shifts" in record:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Journal, "append", append)
+    with pytest.raises(Interrupted):
+        execute(stage_of(), inputs, tmp_path / "d")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_runs_in_a_thread_too(inputs, tmp_path):
+    thread = threading.Thread(target=lambda: execute(stage_of(steps=2), inputs, tmp_path / "d"))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "d" / artifact.MANIFEST).exists()
+
+
+# ---------------------------------------------------------------- what it refuses
+
+
+@pytest.mark.parametrize("name", ["sparse-mezo", "lora"])
+def test_a_run_that_diverges_says_so_and_leaves_nothing(name, inputs, tmp_path, monkeypatch):
+    from edgesft.methods.objective.task import Task
+
+    real, calls = Task.loss, []
+
+    def loss(self, model, batch, reference=None):
+        calls.append(1)
+        return real(self, model, batch) * (float("nan") if len(calls) > 10 else 1)
+
+    monkeypatch.setattr(Task, "loss", loss)
+    with pytest.raises(UsageError, match="diverged") as caught:
+        execute(stage_of(name, steps=20), inputs, tmp_path / "d")
+    assert "tune.lr=" in caught.value.hint
+    assert not (tmp_path / "d").exists()
+
+
+def test_adam_in_place_is_refused():
+    with pytest.raises(UsageError, match="adam"):
+        stage_of(optimizer="adam")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stepz": 3}, "stepz"),
+        ({"steps": 0}, "tune.steps"),
+        ({"lr": -1.0}, "tune.lr"),
+        ({"optimizer": "lion"}, "tune.optimizer"),
+        ({"select": {"use": "small-magntude"}}, "small-magntude"),
+        ({"estimate": {"use": "spsa", "epz": 1}}, "epz"),
+        ({"tokens": {"use": "lemo"}}, "no axis `tokens`"),
+    ],
+)
+def test_bad_tables_are_refused_by_name(values, message):
+    with pytest.raises(UsageError, match=message):
+        Tune.from_recipe(SPARSE | values, OPTIONS)
+
+
+def test_labels_without_a_template_are_refused(inputs, tmp_path):
+    stage = Tune.from_recipe(SPARSE)
+    with pytest.raises(ArtifactError, match="template"):
+        execute(stage, inputs, tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "mezo", "sparse-mezo"])
+def test_recipes_are_whole(name):
+    stage = Tune.from_recipe(recipe.load(name).table("tune"))
+    assert stage.steps == 300
+    assert stage.params()["objective"] == {"use": "task"}
+    assert json.loads(json.dumps(stage.params())) == stage.params()
+    assert stage.in_place is ("mezo" in name)
+
+
+def test_params_name_every_method():
+    assert {a: stage_of().params()[a]["use"] for a in ("select", "delta", "estimate", "objective")} == {
+        "select": "small-magnitude",
+        "delta": "sparse",
+        "estimate": "spsa",
+        "objective": "task",
+    }
+    assert catalog.AXES[:4] == ("select", "delta", "estimate", "objective")
+
+
+def test_a_stage_at_rest_imports_no_torch():
+    code = "import sys, edgesft.stages.tune, edgesft.stages.merge; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    assert Path(catalog.ROOT).name == "methods"
