@@ -102,6 +102,18 @@ def _data_options(
     return validate(DataOptions, given, "data")
 
 
+def _given(**values: object) -> dict[str, Any]:
+    """The options that were given on the command line."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _use_threads(count: int) -> None:
+    """Tell numeric libraries how many threads they get, before they are imported."""
+    from edgesft.core import threads
+
+    os.environ["OMP_NUM_THREADS"] = str(threads.resolve(count))
+
+
 def _pairs(items: list[str] | None, option: str) -> dict[str, str]:
     pairs = {}
     for item in items or []:
@@ -172,11 +184,9 @@ def tune(
         raise UsageError("`--zo` and `--recipe` exclude each other: `--zo` is `--recipe sparse-mezo`")
     chosen = recipes.load("sparse-mezo" if zo else recipe or "lora")
     chosen = recipes.override(chosen, sets or [], "tune")
-    table = chosen.table("tune") | {
-        k: v for k, v in {"steps": steps, "seed": seed, "threads": threads}.items() if v is not None
-    }
     options = _data_options(template, label_word, columns, form, skip_bad)
-    stage = Tune.from_recipe(table | {"data_options": options})
+    stage = Tune.from_recipe(chosen.table("tune") | _given(steps=steps, seed=seed), options)
+    _use_threads(threads)
     inputs = {"model": models.resolve(model), "data": data_module.resolve(data, options)}
     _write(stage, inputs, out, json=json, dry_run=dry_run)
 
@@ -200,7 +210,7 @@ def merge(
     from edgesft.stages.merge import Merge
 
     inputs = {"model": models.resolve(model)}
-    inputs |= {f"delta-{i}": delta_file.resolve(path) for i, path in enumerate(deltas)}
+    inputs |= {f"delta-{i}": delta_file.resolve(str(path)) for i, path in enumerate(deltas)}
     _write(Merge(allow_other_base=allow_other_base), inputs, out, json=json, dry_run=dry_run)
 
 
@@ -235,11 +245,10 @@ def sparsify(
 
     base = recipes.Recipe("sparsify", "", {"sparsify": {"pattern": pattern, "compress": {"use": method}}})
     table = recipes.override(base, sets or [], "sparsify").table("sparsify")
-    extra = {"samples": samples, "length": length, "seed": seed, "threads": threads}
     options = _data_options(None, None, columns, form, skip_bad)
-    stage = Sparsify.from_recipe(
-        table | {k: v for k, v in extra.items() if v is not None} | {"data_options": options}
-    )
+    given = _given(samples=samples, length=length, seed=seed, threads=threads, data_options=options)
+    stage = Sparsify.from_recipe(table | given)
+    _use_threads(threads)
     inputs = {"model": models.resolve(model)}
     if data is not None:
         inputs["data"] = data_module.resolve(data, options)
@@ -262,10 +271,11 @@ def export(
     """
     from edgesft.core import models
     from edgesft.core import recipe as recipes
+    from edgesft.core.params import validate
     from edgesft.stages.export import Export
 
     base = recipes.Recipe("export", "", {"export": {"target": target, "quantize": quantize}})
-    stage = Export.from_recipe(recipes.override(base, sets or [], "export").table("export"))
+    stage = validate(Export, recipes.override(base, sets or [], "export").table("export"), "export")
     _write(stage, {"model": models.resolve(model)}, out, json=json, dry_run=dry_run)
 
 
@@ -286,6 +296,7 @@ def verify(
     from edgesft.core import artifact, models
     from edgesft.stages import verify as verification
 
+    _use_threads(threads)
     report = verification.verify(
         artifact.read(exported, "onnx"), models.resolve(against), tokens=tokens, threads=threads
     )
@@ -321,9 +332,10 @@ def evaluate(
     from edgesft.stages import evaluate as evaluation
 
     options = _data_options(template, label_word, columns, form, skip_bad)
-    stage = evaluation.Evaluate(
-        split=split, limit=limit, batch_size=batch_size, threads=threads, data_options=options
+    stage = evaluation.Evaluate.from_recipe(
+        _given(split=split, limit=limit, batch_size=batch_size, threads=threads, data_options=options)
     )
+    _use_threads(threads)
     inputs = {"model": evaluation.resolve(model), "data": data_module.resolve(data, options)}
     if out is not None:
         _write(stage, inputs, out, json=json, dry_run=dry_run)
@@ -348,9 +360,14 @@ def generate(
 
     Example: edgesft generate out/exported --prompt "The capital of France is"
     """
+    from edgesft.core import models
     from edgesft.stages import generate as generation
 
-    result = generation.generate(model, prompt, max_new_tokens=max_new_tokens, chat=chat, threads=threads)
+    _use_threads(threads)
+    found = models.resolve(model, "model", "onnx")
+    result = generation.generate(
+        found.path, prompt, max_new_tokens=max_new_tokens, chat=chat, threads=threads
+    )
     if json:
         console.data_json(result)
         return
@@ -382,15 +399,16 @@ def profile(
     """
     from edgesft.stages import profile as profiling
 
-    given = {
-        "prompt_tokens": prompt_tokens,
-        "decode_tokens": decode_tokens,
-        "prompts": prompts,
-        "processes": processes,
-        "seed": seed,
-        "threads": threads,
-    }
-    stage = profiling.Profile.from_recipe({k: v for k, v in given.items() if v is not None})
+    stage = profiling.Profile.from_recipe(
+        _given(
+            prompt_tokens=prompt_tokens,
+            decode_tokens=decode_tokens,
+            prompts=prompts,
+            processes=processes,
+            seed=seed,
+            threads=threads,
+        )
+    )
     made = _write(
         stage,
         {"exported": profiling.resolve(exported)},
@@ -413,7 +431,7 @@ def gate(
     margin: Annotated[float | None, typer.Option(help="Slowdown in percent that must not pass.")] = None,
     inconclusive: Annotated[
         str, typer.Option(help="What exit code an open verdict gives: report, pass or fail.")
-    ] = ("report"),
+    ] = "report",
     drill_slowdown: Annotated[
         float, typer.Option(min=0, max=1000, help="Slow the head by this percent, to see the gate fire here.")
     ] = 0.0,
@@ -435,29 +453,29 @@ def gate(
     """
     from edgesft.stages import gate as gating
 
-    given = {
-        "metric": metric,
-        "max_pairs": max_pairs,
-        "margin_percent": margin,
-        "inconclusive": inconclusive,
-        "drill_slowdown": drill_slowdown,
-        "check_memory": check_memory,
-        "check_size": check_size,
-        "seed": seed,
-        "threads": threads,
-    }
-    stage = gating.Gate.from_recipe({k: v for k, v in given.items() if v is not None})
-    inputs = {"base": gating.resolve(base), "head": gating.resolve(head)}
-    if dry_run or out is not None:
-        made = _write(stage, inputs, out or Path("(nowhere)"), json=json, dry_run=dry_run)
-        verdict = None if made is None else made.metrics
+    given = _given(
+        metric=metric,
+        max_pairs=max_pairs,
+        margin_percent=margin,
+        inconclusive=inconclusive,
+        drill_slowdown=drill_slowdown,
+        check_memory=check_memory,
+        check_size=check_size,
+        seed=seed,
+        threads=threads,
+    )
+    if dry_run:
+        sides = {"base": gating.resolve(base), "head": gating.resolve(head)}
+        _write(gating.Gate.from_recipe(given), sides, out or Path("-"), json=json, dry_run=True)
+        return
+    report = gating.gate(base, head, out=out, **given)
+    if json:
+        console.data_json(report)
     else:
-        verdict = stage.measure(inputs)
-        console.data_json(verdict) if json else console.facts(
-            {k: v for k, v in verdict.items() if k not in ("raw", "looks")}
+        console.facts(
+            {k: v for k, v in report.items() if k not in ("raw", "looks", "fingerprint", "metrics")}
         )
-    if verdict is not None:
-        gating.judge(verdict, inconclusive)
+    gating.judge(report)
 
 
 @app.command(rich_help_panel="Stages")
@@ -486,6 +504,7 @@ def run(
     from edgesft.core import recipe as recipes
     from edgesft.stages import pipeline, report
 
+    _use_threads(threads)
     chosen = recipes.override(recipes.load(recipe), sets or [])
     options = _data_options(template, label_word, columns, form, skip_bad)
     chain = pipeline.plan(chosen, data_options=options, threads=threads, seed=seed)

@@ -56,7 +56,8 @@ def cli() -> Cli:
             timeout=280,
             check=False,
         )
-        assert done.returncode == code, f"exit {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}"
+        said = f"{done.stdout}\n{done.stderr}"
+        assert done.returncode == code, f"exit {done.returncode}, expected {code}\n{said}"
         assert "Traceback" not in done.stderr
         return done
 

@@ -86,7 +86,7 @@ def load(axis: str, name: str) -> type[Method]:
     _known(axis, name)
     plugins = _plugins(axis)
     if name in plugins:
-        found = plugins[name].load()
+        found: Any = plugins[name].load()
         if not (isinstance(found, type) and issubclass(found, Method)):
             raise UsageError(f"the plugin `{axis}:{name}` is not a Method")
         return found

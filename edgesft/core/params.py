@@ -74,4 +74,8 @@ def _adapter(kind: type[T]) -> TypeAdapter[T]:
 def schema(kind: type[Any]) -> dict[str, dict[str, Any]]:
     """JSON-schema properties of a dataclass: field -> type, range, default, description."""
     properties: dict[str, dict[str, Any]] = _adapter(kind).json_schema().get("properties", {})
+    for about in properties.values():
+        for option in about.get("anyOf", []):  # `X | None`: the meaning stands at X
+            if "description" in option:
+                about.setdefault("description", option["description"])
     return properties

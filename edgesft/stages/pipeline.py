@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from edgesft.core import artifact, console
 from edgesft.core.artifact import Artifact
 from edgesft.core.errors import ArtifactError, UsageError
+from edgesft.core.params import validate
 from edgesft.core.recipe import Recipe
 from edgesft.core.stage import Stage, execute, request
 from edgesft.stages import report
@@ -86,7 +87,8 @@ def plan(recipe: Recipe, *, data_options: Any, threads: int, seed: int | None) -
     judge("pretrained", "model", "torch", light)
     current, dense = "model", "model"
     if "tune" in recipe.tables:
-        chain.add("tuned-delta", chain.stage(Tune, "tune", shared), {"model": current, "data": "data"})
+        tune = Tune.from_recipe(chain.table("tune"), data_options)
+        chain.add("tuned-delta", tune, {"model": current, "data": "data"})
         chain.add("tuned", chain.stage(Merge, "merge"), {"model": current, "delta-0": "tuned-delta"})
         current = dense = "tuned"
         judge("tuned", current, "torch", light)
@@ -127,13 +129,16 @@ class _Chain:
     def add(self, name: str, stage: Stage, inputs: Mapping[str, str]) -> None:
         self.steps.append(Step(name, stage, inputs))
 
+    def table(self, name: str) -> dict[str, Any]:
+        """The recipe's table of a stage, the command line's seed in it."""
+        return self.recipe.table(name) | ({"seed": self.seed} if self.seed is not None else {})
+
     def stage(self, kind: Any, table: str, more: Mapping[str, Any] | None = None) -> Any:  # noqa: ANN401
-        values = self.recipe.table(table)
         fields = kind.__dataclass_fields__
-        if self.seed is not None and "seed" in fields:
-            values["seed"] = self.seed
-        extra = {k: v for k, v in {**self.common, **(more or {})}.items() if k in fields}
-        return kind.from_recipe({**extra, **values} if table != "profile" else {**values, **extra})
+        extra = {**self.common, **(more or {})} | ({"seed": self.seed} if self.seed is not None else {})
+        values = self.recipe.table(table) | {k: v for k, v in extra.items() if k in fields}
+        make = getattr(kind, "from_recipe", None)
+        return make(values) if make is not None else validate(kind, values, table)
 
 
 def run(chain: Plan, inputs: Mapping[str, Artifact], recipe: Recipe, out: Path) -> dict[str, Any]:
