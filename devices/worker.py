@@ -82,7 +82,8 @@ def measure(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     request: `path`; `runtime` as `module:attribute`, called with (path, threads=n); `threads`; `cold`, to
     load from the disk; `seed`, a list of integers; `workload` with `prompt_tokens`, `decode_tokens`,
     `repetitions`, `prefills` (prompts without decoding, afterwards); `slowdown`, per cent of every timed
-    iteration to wait in addition; `until_steady`, to double the repetitions once if they end unsettled.
+    iteration, by `clock`, to wait in addition; `until_steady`, to double the repetitions once if they end
+    unsettled.
     """
     work = request["workload"]
     path = Path(request["path"])
@@ -100,17 +101,18 @@ def measure(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         "kind": model.kind,
         "vocabulary": int(model.vocabulary),
     }
-    slowdown = float(request.get("slowdown", 0.0)) / 100
+    drill = (float(request.get("slowdown", 0.0)) / 100, str(request.get("clock", "wall")))
     run = _decode if model.kind == "decoder" else _call
     count, steps = int(work["repetitions"]), int(work["decode_tokens"])
     prefills = int(work.get("prefills", 0))
     done: list[dict[str, Any]] = []
     suspended = _suspended_ns()
     for index in range(2 * count + prefills):
-        if count <= index < 2 * count and not (request.get("until_steady") and _unsettled(done[:count])):
+        extra = count <= index < 2 * count
+        if extra and not (request.get("until_steady") and _unsettled(done[:count], drill[1])):
             continue
         prompt = _prompt(model, work, request["seed"], index)
-        done.append(run(model, prompt, steps if index < 2 * count else 0, slowdown))
+        done.append(run(model, prompt, steps if index < 2 * count else 0, drill))
         yield {"event": "repetition", "index": index, **done[-1]}
     check_clock(done, _suspended_ns() - suspended)
     yield {"event": "done", **_peak(before)}
@@ -129,62 +131,76 @@ def _prompt(model: "Runnable", work: Mapping[str, Any], seed: list[int], index: 
 
 
 class _Stopwatch:
-    """Times a call by the wall and by this thread's processor time; waits `slowdown` of both in addition.
+    """Times laps by the wall and by this thread's processor time, one ending where the next begins.
 
-    The wait lies inside the timed section and is busy, as slower code would be.
+    Nothing between two tokens may fall outside of both: a busy machine takes the core away just there, at
+    the system calls. slowdown: share of every lap to wait in addition, busy as slower code would be, by
+    `clock`.
     """
 
-    def __init__(self, slowdown: float) -> None:
-        self._slowdown = slowdown
+    def __init__(self, slowdown: float, clock: str) -> None:
+        self._slowdown, self._by_cpu = slowdown, clock == "cpu"
         self.wall: list[int] = []
         self.cpu: list[int] = []
+        self._last_cpu = time.thread_time_ns()
+        self._last_wall = time.perf_counter_ns()
 
-    def time(self, call: Callable[[], int]) -> int:
-        cpu, wall = time.thread_time_ns(), time.perf_counter_ns()
-        value = call()
-        end, used = time.perf_counter_ns(), time.thread_time_ns()
+    def lap(self) -> None:
+        """End a lap and begin the next."""
         if self._slowdown:
-            until, enough = end + (end - wall) * self._slowdown, used + (used - cpu) * self._slowdown
-            while end < until or used < enough:
-                end, used = time.perf_counter_ns(), time.thread_time_ns()
-        self.wall.append(end - wall)
-        self.cpu.append(used - cpu)
-        return value
+            read, last = (
+                (time.thread_time_ns, self._last_cpu)
+                if self._by_cpu
+                else (time.perf_counter_ns, self._last_wall)
+            )
+            until = last + (read() - last) * (1 + self._slowdown)
+            while read() < until:
+                pass
+        cpu, wall = time.thread_time_ns(), time.perf_counter_ns()
+        self.wall.append(wall - self._last_wall)
+        self.cpu.append(cpu - self._last_cpu)
+        self._last_cpu, self._last_wall = cpu, wall
 
 
-def _decode(model: "Runnable", prompt: "IntArray", steps: int, slowdown: float) -> dict[str, Any]:
+Drill = tuple[float, str]  # share to wait in addition, and by which clock
+
+
+def _decode(model: "Runnable", prompt: "IntArray", steps: int, drill: Drill) -> dict[str, Any]:
     """One prompt and `steps` greedy tokens; a step lasts until its token is known. End tokens are ignored."""
     state: Decoding = model.start(len(prompt) + steps + 1)
-    first, rest = _Stopwatch(slowdown), _Stopwatch(slowdown)
     began = time.perf_counter_ns()
-    token = first.time(lambda: int(state.prefill(prompt).argmax()))
-    decoding = time.perf_counter_ns()
+    watch = _Stopwatch(*drill)
+    token = int(state.prefill(prompt).argmax())
+    watch.lap()
     for _ in range(steps):
-        token = rest.time(lambda: int(state.step(token).argmax()))  # noqa: B023 - called at once
-    end = time.perf_counter_ns()
+        token = int(state.step(token).argmax())
+        watch.lap()
     return {
-        "ttft_ns": first.wall[0],
-        "ttft_cpu_ns": first.cpu[0],
-        "step_ns": rest.wall,
-        "step_cpu_ns": rest.cpu,
-        "decode_wall_ns": end - decoding,
-        "wall_ns": end - began,
+        "ttft_ns": watch.wall[0],
+        "ttft_cpu_ns": watch.cpu[0],
+        "step_ns": watch.wall[1:],
+        "step_cpu_ns": watch.cpu[1:],
+        "wall_ns": time.perf_counter_ns() - began,
     }
 
 
-def _call(model: "Runnable", prompt: "IntArray", steps: int, slowdown: float) -> dict[str, Any]:
+def _call(model: "Runnable", prompt: "IntArray", steps: int, drill: Drill) -> dict[str, Any]:
     """One call of an encoder on one sequence."""
     ids = prompt[None, :]
     mask, last = np.ones_like(ids), np.array([len(prompt) - 1], dtype=np.int64)
-    watch = _Stopwatch(slowdown)
-    watch.time(lambda: model.logits(ids, mask, last).size)
+    watch = _Stopwatch(*drill)
+    model.logits(ids, mask, last)
+    watch.lap()
     return {"call_ns": watch.wall[0], "call_cpu_ns": watch.cpu[0], "step_ns": [], "wall_ns": watch.wall[0]}
 
 
-def _unsettled(done: list[dict[str, Any]]) -> bool:
+def _unsettled(done: list[dict[str, Any]], clock: str = "wall") -> bool:
+    """Whether times still change at the end of the warm-up cut."""
+    suffix = "_cpu_ns" if clock == "cpu" else "_ns"
     if any(r["step_ns"] for r in done):
-        return not statistics.warm_up([r["step_ns"] for r in done]).steady
-    return not statistics.mser(np.log([r["wall_ns"] for r in done])).steady
+        return not statistics.warm_up([r["step" + suffix] for r in done]).steady
+    first = "ttft" if "ttft_ns" in done[0] else "call"
+    return not statistics.mser(np.log([max(r[first + suffix], 1) for r in done])).steady
 
 
 def check_clock(done: list[dict[str, Any]], suspended_ns: int = 0) -> None:

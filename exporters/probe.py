@@ -16,7 +16,7 @@ from edgesft.core import threads as core_threads
 from edgesft.core.errors import ArtifactError
 from edgesft.exporters import safety
 from edgesft.exporters.description import read_description
-from edgesft.exporters.quantize import dequantized
+from edgesft.exporters.readback import dequantized
 from edgesft.exporters.runtime import OnnxRunnable
 
 FloatArray = npt.NDArray[np.float32]

@@ -14,9 +14,7 @@ bits two to a byte, the lower half first; scales (out, blocks); zeros uint8 (out
 like the codes.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -143,14 +141,3 @@ def dequantize(q: Quantized, bits: int, inputs: int) -> FloatArray:
         values -= _unpack(q.zeros, n).astype(np.float32)[..., None]
     values *= q.scales[..., None]
     return values.reshape(rows, -1)[:, :inputs]
-
-
-def dequantized(exported: Path) -> Iterator[tuple[str, FloatArray]]:
-    """Every weight of an exported folder under its original name, as the runtime computes with it.
-
-    Read back from the written file, not remembered from the export: what it yields is what was shipped.
-    Matrices come as (out, in). Raises ArtifactError if the folder carries no map of its weights.
-    """
-    from edgesft.exporters.readback import read_back
-
-    yield from read_back(exported)

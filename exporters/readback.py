@@ -19,7 +19,7 @@ from edgesft.exporters.weights import FloatArray
 _DTYPES: dict[int, Any] = {1: np.dtype("<f4"), 2: np.dtype("u1")}  # TensorProto.DataType
 
 
-def read_back(exported: Path) -> Iterator[tuple[str, FloatArray]]:
+def dequantized(exported: Path) -> Iterator[tuple[str, FloatArray]]:
     """(original name, float32 array as the runtime computes with it). Matrices are (out, in).
 
     Raises ArtifactError if the folder carries no map of its weights or the map does not fit the graph.

@@ -96,7 +96,7 @@ def load(axis: str, name: str) -> type[Method]:
             isinstance(value, type)
             and issubclass(value, Method)
             and value.__module__ == module.__name__
-            and dataclasses.is_dataclass(value)
+            and "__dataclass_fields__" in vars(value)
         ):
             return value
     raise UsageError(f"`methods/{axis}/{name}.py` holds no method")

@@ -32,8 +32,8 @@ class DataOptions:
     """How a data set is read; JSON values only, so that it can stand in a stage's params."""
 
     format: Annotated[
-        Literal["auto", "text", "classify", "prompt", "messages"],
-        Field(description="what the columns mean; auto: what the first row shows"),
+        Literal["auto", "text", "classify", "prompt", "messages", "calibration"],
+        Field(description="what the columns mean; auto: what the first row shows; calibration: the texts only"),
     ] = "auto"
     template: Annotated[
         str | None, Field(description="text with {column} fields that ends where a label word answers")
@@ -81,13 +81,15 @@ class Reader:
         unknown = [role for role in self._columns if role not in ROLES]
         if unknown and self._template is None:
             raise UsageError(f"there is no role `{unknown[0]}` to map", nearest(unknown[0], ROLES))
-        self._task = task if self._template is None and options.format == "auto" else None
+        free = options.format in ("auto", "calibration")
+        self._labels = options.format == "auto"
+        self._task = task if self._template is None and free else None
         self.format: Format | None = None
         self.used: list[str] | None = None  # columns that are read; None: all
         self._read: Callable[[Row], Example] | None = None
         if self._task is not None:
             self._use_task(self._task)
-        elif options.format != "auto":
+        elif options.format != "auto" and options.format != "calibration":
             self._use(options.format)
         elif self._template is not None:
             self._use("classify")
@@ -110,7 +112,7 @@ class Reader:
             return "messages"
         if has("prompt", "completion"):
             return "prompt"
-        if has("text", "label"):
+        if has("text", "label") and self._labels:
             return "classify"
         if has("text"):
             return "text"

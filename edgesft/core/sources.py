@@ -382,7 +382,7 @@ class Arrow(Source):
 
 def conversations(folder: Path) -> Memory:
     """`prompt` + `completion` rows of every pair of turns in a folder of YAML conversations."""
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     rows: list[Row] = []

@@ -297,6 +297,21 @@ def look(differences: npt.ArrayLike, rule: Rule) -> Look:
     return Look(len(d), regression, noninferior, shift, decision)
 
 
+def agree(first: Look, second: Look, rule: Rule) -> str:
+    """One decision on two measures of the same pairs, `rule.metrics` being 2.
+
+    Fails if either does. Passes if either does and the other does not lean towards a regression: what one
+    measure cannot see, waiting in processor time, small changes in the wall time of a busy machine, the
+    other may.
+    """
+    if FAIL in (first.decision, second.decision):
+        return FAIL
+    for one, other in ((first, second), (second, first)):
+        if one.decision == PASS and other.p_regression > rule.beta:
+            return PASS
+    return INCONCLUSIVE if first.n >= rule.max_pairs else CONTINUE
+
+
 def noise(differences: npt.ArrayLike) -> float:
     """Spread of log ratios as a standard deviation: 1.4826 times the median absolute deviation."""
     x = np.asarray(differences, dtype=np.float64)

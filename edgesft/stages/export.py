@@ -1,8 +1,8 @@
 """Model -> a folder that a runtime runs: the graph, its weights, how to feed it, the tokenizer."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,9 +10,6 @@ from edgesft.core import models
 from edgesft.core.artifact import Artifact, Workdir
 from edgesft.core.catalog import runtime
 from edgesft.core.errors import DeviceError, UsageError, nearest
-
-if TYPE_CHECKING:
-    from edgesft.exporters.dialects.graph import Precision
 
 TARGETS = ("onnx", "tensorrt")
 _CARRIED = ("pattern", "density")  # a latency is never apart from what made it
@@ -44,17 +41,11 @@ class Export:
             raise DeviceError("the target `tensorrt` is not available in this version", "use `--target onnx`")
 
     def params(self) -> dict[str, Any]:
-        """The fields; group and accuracy_level only where they decide anything."""
-        asked: dict[str, Any] = {"target": self.target, "quantize": self.quantize}
-        if self.quantize != "none":
-            asked |= {"group": self.group, "accuracy_level": self.accuracy_level}
-        return asked
+        """Every field."""
+        return asdict(self)
 
-    def _precision(self) -> "Precision":
-        made: Precision = runtime("exporters.dialects.graph").Precision(
-            self.quantize, self.group, self.accuracy_level
-        )
-        return made
+    def _precision(self) -> Any:  # noqa: ANN401 - the exporter's own class, reached by name only
+        return runtime("exporters.dialects.graph").Precision(self.quantize, self.group, self.accuracy_level)
 
     def problems(self, inputs: Mapping[str, Artifact]) -> list[str]:
         """Whether the architecture can be exported at this precision."""

@@ -34,6 +34,7 @@ from edgesft.stages.verdict import (
     exact,
     judge,
     load_report,
+    read_pairs,
 )
 
 __all__ = ["Gate", "gate", "judge", "load", "resolve"]
@@ -53,6 +54,8 @@ class Gate:
     margin_percent: slowdown that must be ruled out to pass. tolerance_percent: slowdown that never fails.
     alpha, beta: risk of a false alarm, and of passing a slowdown of the margin. max_pairs: when to give up.
     prompt_tokens, decode_tokens, repetitions: what a process runs. estimator: the one number that it gives.
+    clock: `wall`; `cpu`, the processor time of the calling thread, which other work on a busy machine hardly
+    moves, but which does not see waiting; `both` (see `statistics.agree`).
     inconclusive: what an inconclusive run counts as. check_memory, check_size: fail also for more than 2 %
     more of it. drill_slowdown: per cent by which head is slowed in its runner, to see the gate fire.
     timeout: seconds after which the first process of a side counts as hung.
@@ -67,8 +70,8 @@ class Gate:
     alpha: Share = 0.01
     beta: Share = 0.05
     max_pairs: Annotated[int, Field(ge=8, le=1000)] = 48
-    estimator: Literal["median", "p10", "min"] = "p10"
-    clock: Literal["wall", "cpu"] = "wall"
+    estimator: Literal["median", "p10", "min"] = "median"
+    clock: Literal["both", "wall", "cpu"] = "both"
     prompt_tokens: Length = 64
     decode_tokens: Length = 32
     repetitions: Count = 2
@@ -137,15 +140,19 @@ class _Session:
         self.options, self.inputs = options, inputs
         self.client, self.host = catalog.runtime("devices.client"), catalog.runtime("devices.host")
         self.fingerprint = profile.device(options.threads)
+        # The first clock also decides on the warm-up: of the two, processor time is the quieter.
+        self.clocks = ("cpu", "wall") if options.clock == "both" else (options.clock,)
+        self.decided_by = self.clocks[0]
         self.rule = statistics.Rule(
             margin=options.margin_percent / 100,
             tolerance=options.tolerance_percent / 100,
             alpha=options.alpha,
             beta=options.beta,
             max_pairs=options.max_pairs,
+            metrics=len(self.clocks),
         )
         self.file = work.checkpoint / "pairs.jsonl"
-        self.pairs = _read_pairs(self.file)
+        self.pairs = read_pairs(self.file)
         self.looks: list[dict[str, Any]] = []
         self.metric: str = options.metric
         self.workload = {
@@ -171,7 +178,7 @@ class _Session:
                 self._add_pair()
                 done = len(self.counted)
                 if self.pairs[-1]["discarded"] is None:
-                    bar.advance(1, f"ratio {self.pairs[-1]['ratio']:.3f} in pair {done}")
+                    bar.advance(1, f"ratio {self.pairs[-1]['ratio'][self.clocks[0]]:.3f} in pair {done}")
 
     @property
     def counted(self) -> list[dict[str, Any]]:
@@ -182,15 +189,19 @@ class _Session:
         """The verdict of the look that is due at this number of pairs, None to go on."""
         from edgesft.core import statistics
 
-        ratios = [math.log(p["ratio"]) for p in self.counted]
+        ratios = {c: [math.log(p["ratio"][c]) for p in self.counted] for c in self.clocks}
         self.looks = []
         for n in self.rule.looks:
-            if n > len(ratios):
+            if n > len(self.counted):
                 return None
-            look = statistics.look(ratios[:n], self.rule)
-            self.looks.append(look.json())
-            if look.decision != statistics.CONTINUE:
-                return look.decision
+            looks = {c: statistics.look(ratios[c][:n], self.rule) for c in self.clocks}
+            self.looks += [{"clock": c, **look.json()} for c, look in looks.items()]
+            one, *other = looks.values()
+            decision = statistics.agree(one, other[0], self.rule) if other else one.decision
+            if decision != statistics.CONTINUE:
+                same = (c for c, look in looks.items() if look.decision == decision)
+                self.decided_by = next(same, self.clocks[0])
+                return decision
         return None
 
     def _probe(self) -> None:
@@ -241,6 +252,7 @@ class _Session:
             workload=self.workload,
             seed=[self.options.seed, pair + 1],
             slowdown=self.options.drill_slowdown if role == "head" else 0.0,
+            clock=self.clocks[0],
             until_steady=pair >= 0,
         )
         for _ in range(TRIES - 1):
@@ -265,7 +277,7 @@ class _Session:
                 record[role] = self._reduce(self._measure(role, number))
         except DeviceError as error:
             raise self._lost(error) from None
-        record["ratio"] = record["head"]["value"] / record["base"]["value"]
+        record["ratio"] = {c: record["head"]["value"][c] / record["base"]["value"][c] for c in self.clocks}
         record["discarded"] = self._reason(record, self.host.held_back(before, self.host.telemetry()))
         self.pairs.append(record)
         with self.file.open("a", encoding="utf-8") as file:
@@ -276,12 +288,16 @@ class _Session:
         """One process as the report keeps it: its number, and all samples behind it."""
         from edgesft.core import statistics
 
-        samples, warm = self.client.timings(measured["repetitions"], self.metric, self.options.clock)
+        found = {c: self.client.timings(measured["repetitions"], self.metric, c) for c in self.clocks}
+        warm = found[self.clocks[0]][1]
+        samples = {c: times for c, (times, _) in found.items()}
         return {
-            "value": statistics.estimate(samples[warm.cut :], self.options.estimator),
+            "value": {
+                c: statistics.estimate(t[warm.cut :], self.options.estimator) for c, t in samples.items()
+            },
             "cut": warm.cut,
             "steady": warm.steady,
-            "samples_ms": [round(s, 4) for s in samples],
+            "samples_ms": {c: [round(t, 4) for t in times] for c, times in samples.items()},
             "peak_bytes": measured["done"]["peak_bytes"],
             "load_ms": round(measured["loaded"]["load_ns"] / 1e6, 3),
             "wall_s": measured["wall_s"],
@@ -296,7 +312,8 @@ class _Session:
 
     def report(self, verdict: str, error: str | None = None) -> dict[str, Any]:
         """The JSON report of what is known now."""
-        entry = self._entry(verdict)
+        entries = {c: self._entry(c, verdict) for c in self.clocks}
+        entry = entries[self.decided_by]
         secondary = self._secondary() if self.counted else []
         if verdict in ("pass", "inconclusive") and any(
             e["blocking"] and e["verdict"] == "fail" for e in secondary
@@ -311,6 +328,7 @@ class _Session:
             "pairs_predicted": entry["pairs_predicted"],
             "estimator": options.estimator,
             "clock": options.clock,
+            "decided_by": self.decided_by,
             "looks": self.looks,
             "margins": {"regression": self.rule.margin, "tolerance": self.rule.tolerance},
             "errors": {"alpha": options.alpha, "beta": options.beta, "looks": list(self.rule.looks)},
@@ -323,21 +341,23 @@ class _Session:
             "head": profile.about(self.inputs["head"]),
             "workload": {**self.workload, "seed": options.seed},
             "fingerprint": self.fingerprint,
-            "metrics": [entry, *secondary],
+            "metrics": [*entries.values(), *secondary],
             "raw": self.pairs,
         }
 
-    def _entry(self, verdict: str) -> dict[str, Any]:
-        """The latency's line of the report, at the last look or at the pairs reached."""
+    def _entry(self, clock: str, verdict: str) -> dict[str, Any]:
+        """The latency's line of the report by one clock, at the pairs reached."""
         from edgesft.core import statistics
 
-        entry: dict[str, Any] = {"metric": self.metric, "verdict": verdict, "blocking": True, "pairs": 0}
+        own = next((k["decision"] for k in reversed(self.looks) if k["clock"] == clock), verdict)
+        entry: dict[str, Any] = {"metric": self.metric, "clock": clock, "verdict": own, "blocking": True}
+        entry["pairs"] = 0
         empty = ("ratio", "noise", "detectable", "pairs_predicted", "base_ms", "head_ms")
         entry |= {**dict.fromkeys(empty), "interval": [None, None], "level": 1 - 2 * self.rule.beta_look}
         pairs = self.counted
         if not pairs:
             return entry
-        ratios = [math.log(p["ratio"]) for p in pairs]
+        ratios = [math.log(p["ratio"][clock]) for p in pairs]
         low, high = statistics.hodges_lehmann_interval(ratios, self.rule.beta_look)
         spread = statistics.noise(ratios)
         return entry | {
@@ -347,8 +367,8 @@ class _Session:
             "noise": spread,
             "detectable": statistics.detectable(spread, len(pairs)),
             "pairs_predicted": statistics.pairs_predicted(spread, self.rule.margin),
-            "base_ms": _median([p["base"]["value"] for p in pairs]),
-            "head_ms": _median([p["head"]["value"] for p in pairs]),
+            "base_ms": _median([p["base"]["value"][clock] for p in pairs]),
+            "head_ms": _median([p["head"]["value"][clock] for p in pairs]),
         }
 
     def _secondary(self) -> list[dict[str, Any]]:
@@ -365,24 +385,6 @@ def _median(values: list[float]) -> float:
     ordered = sorted(values)
     middle = len(ordered) // 2
     return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-
-
-def _read_pairs(file: Path) -> list[dict[str, Any]]:
-    """Pairs of an interrupted run, as far as they are whole: a kill may have cut the last line."""
-    pairs: list[dict[str, Any]] = []
-    if not file.exists():
-        return pairs
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            pair = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(pair, dict) or pair.get("pair") != len(pairs) or "discarded" not in pair:
-            break
-        pairs.append(pair)
-    text = "".join(json.dumps(p) + "\n" for p in pairs)
-    artifact.write_bytes(file, text.encode())  # the next line must not be glued to half a line
-    return pairs
 
 
 def resolve(ref: str | Path) -> Artifact:

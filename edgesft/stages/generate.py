@@ -1,11 +1,14 @@
 """Continue a prompt with a model folder or an exported one. Writes nothing, so it is a plain function."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgesft.core import artifact, models
 from edgesft.core.catalog import runtime
 from edgesft.core.errors import ArtifactError, UsageError
+
+if TYPE_CHECKING:
+    from edgesft.core.protocols import Runnable
 
 
 def generate(
@@ -18,9 +21,10 @@ def generate(
     new_tokens and stop (`eos` or `length`). Raises UsageError for an empty prompt, one that exceeds the
     context, or a chat with a model that has no template; ArtifactError for a folder that cannot be run.
     """
-    tokenizer = models.tokenizer(path)
     if not prompt:
         raise UsageError("the prompt is empty")
+    kind = _kind(path)
+    tokenizer = models.tokenizer(path)
     if chat:
         text = tokenizer.chat([{"role": "user", "content": prompt}])
         if text is None:
@@ -29,7 +33,7 @@ def generate(
     else:
         ids = tokenizer.encode(prompt)
     made = runtime("exporters.runtime").generate(
-        open_model(path, threads), ids, max_new_tokens, tokenizer.eos_ids
+        _open(path, kind, threads), ids, max_new_tokens, tokenizer.eos_ids
     )
     kept = made.tokens[:-1] if made.stop == "eos" else made.tokens
     return {
@@ -43,14 +47,23 @@ def generate(
     }
 
 
-def open_model(path: Path, threads: int) -> Any:  # noqa: ANN401 - core.protocols.Runnable
-    """The runnable of a folder, by what its manifest says it is; one without a manifest is a model."""
+def _kind(path: Path) -> str:
+    """`onnx` or `model`, by the manifest of a folder; one without a manifest is a model."""
+    if not path.exists():
+        raise ArtifactError(f"`{path}` does not exist")
     manifest = artifact.read_manifest(path)
-    kind = "model" if manifest is None else manifest.get("kind")
+    kind = "model" if manifest is None else str(manifest.get("kind"))
+    if kind not in ("onnx", "model"):
+        raise ArtifactError(f"`{path}` is of kind `{kind}`, expected `model` or `onnx`")
+    return kind
+
+
+def _open(path: Path, kind: str, threads: int) -> "Runnable":
+    runnable: Runnable
     if kind == "onnx":
-        return runtime("exporters.runtime").load(path, threads=threads)
-    if kind == "model":
+        runnable = runtime("exporters.runtime").load(path, threads=threads)
+    else:
         from edgesft.core.torch_runtime import TorchRunnable
 
-        return TorchRunnable(path, threads)
-    raise ArtifactError(f"`{path}` is of kind `{kind}`, expected `model` or `onnx`")
+        runnable = TorchRunnable(path, threads)
+    return runnable

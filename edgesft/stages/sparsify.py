@@ -7,7 +7,7 @@ and biases are copied bit for bit. The result is an ordinary Hugging Face folder
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, InstanceOf
@@ -164,7 +164,10 @@ class Sparsify:
 
         from edgesft.core import data, models
 
-        opened = data.open_data(inputs["data"], self.data_options, models.tokenizer(inputs["model"].path))
+        options = self.data_options
+        if options.format == "auto":  # statistics need the texts alone, not what their labels are called
+            options = replace(options, format="calibration")
+        opened = data.open_data(inputs["data"], options, models.tokenizer(inputs["model"].path))
         windows = opened.windows(split="train", length=self.length, count=self.samples, seed=self.seed)
         return torch.as_tensor(windows)
 

@@ -14,7 +14,7 @@ ln, cos and sin are minimax polynomials evaluated in float32 by additions and mu
 is exact IEEE arithmetic in a fixed order, so the bits are the same in the C++ next to this file and on every
 device with float64 (the square root is taken there and rounded: torch's float32 one may be an ulp off).
 The largest |z| is sqrt(64 ln 2) = 6.66. Against float64 Box-Muller from the same words the error is at most
-1e-6 + 1.2e-7 / r at radius r, and below 1e-6 for all but a few in ten thousand: next to the origin u is close
+1.5e-6 + 6e-8 / r at radius r, and below 1e-6 for all but a few in ten thousand: next to the origin u is close
 to 1, where float32 is coarse. No radius lies in (0, 3.4e-4), where one pair in 10^7 should.
 """
 

@@ -161,6 +161,20 @@ def test_a_slowdown_within_the_tolerance_neither_fails_nor_hides():
     assert s.look(noisy, s.Rule()).decision == s.INCONCLUSIVE
 
 
+def test_two_measures_agree_before_they_pass_and_either_can_fail():
+    rule = s.Rule(metrics=2)
+    same, slow = s.look(np.zeros(12), rule), s.look(np.full(12, 0.2), rule)
+    rng = np.random.default_rng(0)
+    unsure = s.look(0.3 * rng.standard_normal(12), rule)
+    leaning = s.look(np.linspace(-0.02, 0.10, 12), rule)
+    assert (unsure.decision, leaning.decision) == (s.CONTINUE, s.CONTINUE)
+    assert unsure.p_regression > 0.05 >= leaning.p_regression
+    assert s.agree(same, unsure, rule) == s.agree(unsure, same, rule) == s.PASS
+    assert s.agree(same, slow, rule) == s.agree(slow, same, rule) == s.FAIL
+    assert s.agree(same, leaning, rule) == s.agree(unsure, unsure, rule) == s.CONTINUE
+    assert s.agree(same, leaning, s.Rule(metrics=2, max_pairs=12)) == s.INCONCLUSIVE
+
+
 def test_more_noise_needs_more_pairs():
     assert s.pairs_predicted(0.0, 0.05) == 8
     n = s.pairs_predicted(0.05, 0.05)

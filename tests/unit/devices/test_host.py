@@ -32,7 +32,7 @@ def test_fingerprint_is_the_same_twice_and_survives_a_file():
     assert one["id"] == host.fingerprint_id(json.loads(json.dumps(one["refuse"])))
 
 
-@pytest.mark.parametrize("field", sorted(host.fingerprint(threads=2)["refuse"]))
+@pytest.mark.parametrize("field", sorted(host.fingerprint(threads=2)["refuse"]), ids="of-{}".format)
 def test_every_refused_field_refuses(field):
     ours = host.fingerprint(threads=2)
     theirs = copy.deepcopy(ours)
@@ -43,7 +43,7 @@ def test_every_refused_field_refuses(field):
     assert f"`{field}`" in found[0]
 
 
-@pytest.mark.parametrize("field", sorted(host.fingerprint()["record"]))
+@pytest.mark.parametrize("field", sorted(host.fingerprint()["record"]), ids="of-{}".format)
 def test_every_recorded_field_only_records(field):
     ours = host.fingerprint()
     theirs = copy.deepcopy(ours)

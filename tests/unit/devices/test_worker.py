@@ -88,7 +88,7 @@ def test_a_decoder_is_loaded_prompted_and_decoded(exported):
     for each in found["repetitions"]:
         assert each["ttft_ns"] >= 0.4e6
         assert all(t >= 0.2e6 for t in each["step_ns"])
-        assert sum(each["step_ns"]) <= each["decode_wall_ns"] <= each["wall_ns"]
+        assert 0 <= each["wall_ns"] - sum(each["step_ns"]) - each["ttft_ns"] < 50e6
         assert all(c >= 0 for c in each["step_cpu_ns"])
     memory = found["done"]
     assert 40 * 2**20 <= memory["peak_above_bytes"] <= memory["peak_bytes"]
@@ -192,19 +192,28 @@ def test_a_patched_clock_is_noticed_end_to_end(monkeypatch, tmp_path):
         list(worker.measure({**request, "workload": WORKLOAD}))
 
 
-def test_the_drill_costs_processor_time_too():
-    def work():
-        end = time.thread_time_ns() + 5_000_000
-        while time.thread_time_ns() < end:
-            pass
-        return 1
-
-    plain, slowed = worker._Stopwatch(0.0), worker._Stopwatch(0.5)
+@pytest.mark.parametrize("clock", ["wall", "cpu"])
+def test_the_drill_waits_by_the_clock_that_decides(clock):
+    read = time.perf_counter_ns if clock == "wall" else time.thread_time_ns
+    plain, slowed = worker._Stopwatch(0.0, clock), worker._Stopwatch(0.5, clock)
     for watch in (plain, slowed):
+        watch.lap()
         for _ in range(5):
-            watch.time(work)
-    assert min(slowed.cpu) >= 7_400_000
-    assert min(plain.cpu) <= 6_000_000
+            end = read() + 5_000_000
+            while read() < end:
+                pass
+            watch.lap()
+    times = {w: (w.wall if clock == "wall" else w.cpu)[1:] for w in (plain, slowed)}
+    assert min(times[slowed]) >= 7_400_000
+    assert clock == "wall" or min(times[plain]) <= 6_500_000  # of wall time, other work may take any share
+
+
+def test_laps_leave_nothing_out():
+    watch = worker._Stopwatch(0.0, "wall")
+    began = time.perf_counter_ns()
+    for _ in range(100):
+        watch.lap()
+    assert sum(watch.wall) >= 0.98 * (time.perf_counter_ns() - began - 200_000)
 
 
 class Instant:
@@ -227,7 +236,7 @@ class Instant:
 )
 def test_unsettled_runs_are_doubled_once(monkeypatch, tmp_path, until, unsettled, count):
     monkeypatch.setitem(sys.modules, "instant", type("M", (), {"load": lambda path, threads: Instant()}))
-    monkeypatch.setattr(worker, "_unsettled", lambda done: unsettled)
+    monkeypatch.setattr(worker, "_unsettled", lambda done, clock: unsettled)
     request = {"path": str(tmp_path), "runtime": "instant:load", "threads": 1, "seed": [0]}
     events = list(worker.measure({**request, "workload": WORKLOAD, "until_steady": until}))
     assert [e["event"] for e in events] == ["loaded", *["repetition"] * count, "done"]

@@ -165,7 +165,10 @@ def test_other_architectures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "no tensor `model.layers.1.mlp.up_proj.weight`"),
+        (
+            lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
+            "no tensor `model.layers.1.mlp.up_proj.weight`",
+        ),
         (lambda t: t.pop("lm_head.weight"), "ties no embeddings"),
         (lambda t: t.pop("model.embed_tokens.weight"), "no tensor `model.embed_tokens.weight`"),
         (
@@ -182,5 +185,5 @@ def test_broken_folders(llama: Path, edit: Edit, said: str) -> None:
 
 def test_a_config_without_sizes(llama: Path) -> None:
     _edit_config(llama, num_hidden_layers=0)
-    with pytest.raises(ArtifactError, match="`num_hidden_layers` in config.json is `0`"):
+    with pytest.raises(ArtifactError, match=r"`num_hidden_layers` in config\.json is `0`"):
         describe(llama)

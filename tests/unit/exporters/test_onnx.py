@@ -25,7 +25,7 @@ from edgesft.core.errors import ArtifactError
 from edgesft.exporters import external
 from edgesft.exporters.dialects.graph import Precision
 from edgesft.exporters.onnx import export, problems
-from edgesft.exporters.quantize import dequantized
+from edgesft.exporters.readback import dequantized
 from edgesft.exporters.runtime import OnnxRunnable
 
 SIZES: dict[str, Any] = {
@@ -88,7 +88,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 def torch_logits(model: Path, ids: np.ndarray, out: Path | None = None) -> np.ndarray:
     """Logits (B, S, vocabulary) of torch, with the weights of an export if `out` is given."""
-    module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+    module = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     with torch.inference_mode():
         if out is not None:
             state = module.state_dict()
@@ -186,7 +188,9 @@ def test_a_tied_table_is_written_once(made: Made) -> None:
         for quantize in ("none", "int4"):
             _, out = made(family, quantize)
             graph = onnx.load(str(out / "model.onnx"), load_external_data=False).graph
-            sizes[family, quantize] = [i.name for i in graph.initializer if i.name.startswith(("embed", "head"))]
+            sizes[family, quantize] = [
+                i.name for i in graph.initializer if i.name.startswith(("embed", "head"))
+            ]
     assert sizes["llama", "none"] == ["embedding.weight"]
     assert sizes["qwen2", "none"] == ["embedding.weight", "head.weight"]
     assert "head.codes" not in sizes["llama", "int4"]
@@ -209,7 +213,9 @@ def test_external_data_is_aligned_and_complete(made: Made) -> None:
 
 def test_graph_names_the_residual_stream(made: Made) -> None:
     _, out = made("llama", "none")
-    names = {o for n in onnx.load(str(out / "model.onnx"), load_external_data=False).graph.node for o in n.output}
+    names = {
+        o for n in onnx.load(str(out / "model.onnx"), load_external_data=False).graph.node for o in n.output
+    }
     assert {"hidden.0", "hidden.1"} <= names
 
 
@@ -266,7 +272,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     model, _ = made("llama", "none")
     usage = external.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(external.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
-    with pytest.raises(ArtifactError, match="needs 1 MB, .* has 0 MB free"):
+    with pytest.raises(ArtifactError, match=r"needs 1 MB, .* has 0 MB free"):
         export(model, tmp_path, Precision())
     assert not list(tmp_path.iterdir())
 

@@ -32,7 +32,9 @@ def _runtime(w: np.ndarray, bits: int, group: int) -> np.ndarray:
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", w.shape[1]])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["M", w.shape[0]])
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(helper.make_graph([node], "g", [x], [y], held), opset_imports=opsets, ir_version=10)
+    model = helper.make_model(
+        helper.make_graph([node], "g", [x], [y], held), opset_imports=opsets, ir_version=10
+    )
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -1,7 +1,9 @@
 """Dispatch: the reference is always there, native code only when its numbers are right."""
 
+import ctypes
 import logging
 import os
+import platform
 import subprocess
 import sys
 
@@ -77,3 +79,14 @@ def test_native_code_with_other_numbers_is_refused(monkeypatch, tmp_path, caplog
     finally:
         native._load.cache_clear()
         cpu._library.cache_clear()
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 only")
+@pytest.mark.skipif(not native.state(cpu.SOURCE)[0], reason="no native code here")
+@pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx"])
+def test_other_instruction_sets_give_the_same_bits(without, tmp_path):
+    """The half-width branch, and the portable one that other architectures compile too."""
+    found = native.find_compiler()
+    path = tmp_path / "perturb.so"
+    native._compile(cpu.SOURCE, native.Compiler((*found.command, without), found.version), path)
+    assert cpu._Library(ctypes.CDLL(str(path))).agrees()

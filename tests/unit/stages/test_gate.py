@@ -17,12 +17,12 @@ client, host = runtime("devices.client"), runtime("devices.host")
 
 
 class Machine:
-    """Stands for the worker: processes that differ by `noise`, head slower by `slowdown`."""
+    """Stands for the worker: 2 % noise, head slower by `slowdown`, more and less of it by `swing` in turn."""
 
     def __init__(self, slowdown=0.0):
         self.slowdown, self.calls, self.peaks = slowdown, [], {"base": 1_000_000, "head": 1_000_000}
         self.kinds, self.vocabularies = dict.fromkeys(self.peaks, "decoder"), dict.fromkeys(self.peaks, 100)
-        self.ramp, self.noise = 0.0, 0.02
+        self.ramp = self.swing = self.waiting = 0.0
         self.fails = lambda role, pair: None
 
     def measure(self, request, timeout):
@@ -32,14 +32,16 @@ class Machine:
         if error is not None:
             raise error
         rng = np.random.default_rng([len(self.calls), number])
-        level = 8e6 * math.exp(self.noise * rng.standard_normal()) * (1 + request["slowdown"] / 100)
-        level *= 1 + self.slowdown if role == "head" else 1
-        work = request["workload"]
+        level = 8e6 * math.exp(0.02 * rng.standard_normal()) * (1 + request["slowdown"] / 100)
+        if role == "head":
+            level *= (1 + self.slowdown) * math.exp(self.swing * (-1) ** number)
+        work, wait = request["workload"], 1 + self.waiting * (role == "head")
         reps = []
         for index in range(work["repetitions"]):
             steps = level * np.exp(0.01 * rng.standard_normal(work["decode_tokens"] + 1) - self.ramp * index)
             ns = steps.astype(int).tolist()
-            rep = {"ttft_ns": 5 * ns[0], "ttft_cpu_ns": 5 * ns[0], "step_ns": ns[1:], "step_cpu_ns": ns[1:]}
+            rep = {"ttft_ns": 5 * ns[0], "ttft_cpu_ns": 5 * ns[0], "step_cpu_ns": ns[1:]}
+            rep["step_ns"] = [int(t * wait) for t in ns[1:]]
             if self.kinds[role] == "encoder":
                 rep = {"call_ns": ns[0], "call_cpu_ns": ns[0], "step_ns": []}
             reps.append(rep)
@@ -86,7 +88,8 @@ def test_the_same_speed_passes(machine, sides):
     assert report["interval"][0] <= 1.0 <= report["interval"][1] < 1.05
     assert code(report) == 0
     assert report["schema"] == 1
-    assert [m["metric"] for m in report["metrics"]] == ["tpot", "peak_memory", "size"]
+    assert [m["metric"] for m in report["metrics"]] == ["tpot", "tpot", "peak_memory", "size"]
+    assert [m.get("clock") for m in report["metrics"]] == ["cpu", "wall", None, None]
     assert len(report["raw"]) == report["pairs"] + len(report["discarded"])
     assert json.loads(json.dumps(report)) == report
 
@@ -100,7 +103,19 @@ def test_a_fifth_slower_fails_with_exit_code_10(machine, sides, how):
     assert report["ratio"] == pytest.approx(1.2, abs=0.02)
     assert code(report) == 10
     assert report["looks"][0]["n"] == 8
-    assert report["looks"][-1]["p_regression"] <= 0.01 / 6
+    assert report["looks"][-1]["p_regression"] <= 0.01 / 6 / 2
+
+
+def test_waiting_is_seen_by_the_wall_though_not_by_processor_time(machine, sides):
+    machine.waiting = 0.2
+    report = Gate().measure(sides)
+    assert (report["verdict"], report["decided_by"]) == ("fail", "wall")
+    assert report["ratio"] == pytest.approx(1.2, abs=0.03)
+    assert report["metrics"][0]["ratio"] == pytest.approx(1.0, abs=0.03)
+    assert Gate(clock="cpu").measure(sides)["verdict"] == "pass"
+    alone = Gate(clock="wall").measure(sides)
+    assert alone["verdict"] == "fail"
+    assert [m.get("clock") for m in alone["metrics"]] == ["wall", None, None]
 
 
 def test_faster_passes(machine, sides):
@@ -109,7 +124,7 @@ def test_faster_passes(machine, sides):
 
 
 def test_too_much_noise_leaves_it_open_and_the_policy_decides(machine, sides):
-    machine.noise = 0.5
+    machine.swing = 0.1
     report = Gate(max_pairs=8).measure(sides)
     assert report["verdict"] == "inconclusive"
     assert report["pairs"] == 8
@@ -250,7 +265,7 @@ def test_time_to_first_token_has_prompts_of_its_own(machine, sides):
     report = Gate(metric="ttft").measure(sides)
     assert report["metric"] == "ttft"
     assert report["workload"]["decode_tokens"] == 0
-    assert len(report["raw"][0]["base"]["samples_ms"]) >= 8
+    assert len(report["raw"][0]["base"]["samples_ms"]["wall"]) >= 8
     assert report["metrics"][0]["base_ms"] == pytest.approx(40, rel=0.1)
 
 
@@ -258,7 +273,7 @@ def test_encoders_are_compared_by_call(machine, sides):
     machine.kinds = dict.fromkeys(machine.kinds, "encoder")
     report = Gate().measure(sides)
     assert report["metric"] == "latency"
-    assert len(report["raw"][0]["base"]["samples_ms"]) >= 64
+    assert len(report["raw"][0]["base"]["samples_ms"]["cpu"]) >= 64
 
 
 @pytest.mark.parametrize(

@@ -30,23 +30,23 @@ def deltas(model, tiny_data, tmp_path_factory):
     """One delta of each kind, and the logits of the model that it was trained in."""
     made, root = {}, tmp_path_factory.mktemp("deltas")
     inputs = {"model": model, "data": data.resolve(str(tiny_data), OPTIONS)}
-    from edgesft.stages import tune
+    from edgesft.stages.training import Run
 
     for name, table in TABLES.items():
         logits = {}
-        real = tune._Run._write
+        real = Run._write
 
         def write(self, logits=logits, real=real):
             with torch.no_grad():
                 logits["adapted"] = self.tuned.model(IDS).logits
             real(self)
 
-        tune._Run._write = write
+        Run._write = write
         stage = Tune.from_recipe(table | {"steps": 4, "batch_size": 4, "dev_limit": 4}, OPTIONS)
         try:
             made[name] = execute(stage, inputs, root / name)[0], logits["adapted"]
         finally:
-            tune._Run._write = real
+            Run._write = real
     return made
 
 

@@ -205,7 +205,7 @@ from edgesft.core.journal import Journal
 from edgesft.core.stage import execute
 from edgesft.stages.tune import Tune
 
-model, file, out, how = sys.argv[1:]
+model, file, out = sys.argv[1:]
 options = data.DataOptions(template="{text}", label_words={"0": "b", "1": "g"}, max_length=64)
 table = {"select": {"use": "small-magnitude"}, "estimate": {"use": "spsa"}, "lr": 1e-4}
 table |= {"steps": 8, "batch_size": 4, "dev_limit": 8, "eval_every": 3, "snapshot_every": 3}
@@ -214,49 +214,43 @@ real, seen = Journal.append, [0]
 def append(self, record, *, sync=True):
     real(self, record, sync=sync)
     seen[0] += 1
-    if seen[0] == 7 and how == "kill":
+    if seen[0] == 7:
         with open(self._path, "ab") as file:
             file.write(b'{"step": 99, "lo')  # a torn line, as a power cut leaves it
         os.kill(os.getpid(), signal.SIGKILL)
-    if seen[0] == 7 and how == "int":
-        os.kill(os.getpid(), signal.SIGINT)
 
 Journal.append = append
 inputs = {"model": models.resolve(model), "data": data.resolve(file, options)}
-try:
-    execute(Tune.from_recipe(table, options), inputs, Path(out))
-except Exception as error:
-    print(type(error).__name__, error)
-    sys.exit(getattr(error, "exit_code", 70))
+execute(Tune.from_recipe(table, options), inputs, Path(out))
 """
 
 
-@pytest.mark.parametrize(("how", "code"), [("kill", -signal.SIGKILL), ("int", 130)])
-def test_a_process_that_is_stopped_goes_on_bit_for_bit(
-    how, code, inputs, whole, tiny_model, sentences, tmp_path
-):
-    arguments = [sys.executable, "-c", SCRIPT, str(tiny_model), str(sentences), str(tmp_path / "d"), how]
+def test_a_process_killed_with_signal_9_goes_on_bit_for_bit(inputs, whole, tiny_model, sentences, tmp_path):
+    arguments = [sys.executable, "-c", SCRIPT, str(tiny_model), str(sentences), str(tmp_path / "d")]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, env={**os.environ})
-    assert done.returncode == code, done.stderr
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / "d" / artifact.PARTIAL).is_dir()
-    if how == "int":
-        assert "Interrupted stopped after" in done.stdout
     execute(stage_of(), inputs, tmp_path / "d")
     assert digests(tmp_path / "d") == digests(whole("sparse-mezo"))
 
 
-def test_an_interruption_in_this_process_leaves_the_handlers_as_they_were(inputs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["sparse-mezo", "lora"])
+def test_an_interruption_saves_and_goes_on_bit_for_bit(name, inputs, whole, tmp_path, monkeypatch):
     before, real = signal.getsignal(signal.SIGINT), Journal.append
 
     def append(self, record, *, sync=True):
         real(self, record, sync=sync)
-        if record["step"] == 2 and "shifts" in record:
+        if record["step"] == 4 and "lr" in record:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Journal, "append", append)
-    with pytest.raises(Interrupted):
-        execute(stage_of(), inputs, tmp_path / "d")
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", append)
+        with pytest.raises(Interrupted, match="after 5 of 8 steps") as caught:
+            execute(stage_of(name), inputs, tmp_path / "d")
+    assert caught.value.exit_code == 130
     assert signal.getsignal(signal.SIGINT) is before
+    execute(stage_of(name), inputs, tmp_path / "d")
+    assert digests(tmp_path / "d") == digests(whole(name))
 
 
 def test_runs_in_a_thread_too(inputs, tmp_path):
@@ -284,6 +278,41 @@ def test_a_run_that_diverges_says_so_and_leaves_nothing(name, inputs, tmp_path, 
         execute(stage_of(name, steps=20), inputs, tmp_path / "d")
     assert "tune.lr=" in caught.value.hint
     assert not (tmp_path / "d").exists()
+
+
+def test_a_last_step_that_diverges_is_no_result(inputs, tmp_path, monkeypatch):
+    from edgesft.methods.objective.task import Task
+
+    real, calls = Task.assess, []
+
+    def assess(self, model, batch):
+        calls.append(1)
+        loss, right = real(self, model, batch)
+        return (float("inf") if len(calls) > 2 else loss), right
+
+    monkeypatch.setattr(Task, "assess", assess)
+    with pytest.raises(UsageError, match="diverged"):
+        execute(stage_of(eval_every=0), inputs, tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+def test_an_encoder_is_refused_before_it_is_loaded(inputs, tmp_path):
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    encoder = artifact.Artifact(folder, "model", "sha256:0", "some/encoder")
+    with pytest.raises(ArtifactError, match=r"`some/encoder` is an encoder"):
+        execute(stage_of(), inputs | {"model": encoder}, tmp_path / "d")
+
+
+def test_regions_that_are_no_bands_are_tuned_beside_the_weight(tiny_model, monkeypatch):
+    from edgesft.core.region import Flat
+    from edgesft.methods.select.small_magnitude import SmallMagnitude
+
+    monkeypatch.setattr(SmallMagnitude, "region", lambda *_: Flat(torch.arange(3)))
+    tuned = stage_of()._tuned(models.load(tiny_model))
+    assert not tuned.in_place
+    assert tuned.trainable == 3 * 14
 
 
 def test_adam_in_place_is_refused():
