@@ -122,8 +122,8 @@ def _cache(module: Any, path: Path) -> _Cache:  # noqa: ANN401 - a transformers 
 
     state = module(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True).get("past_key_values")
     if not isinstance(state, DynamicCache):
-        kind = type(state).__name__
-        raise ArtifactError(f"`{path}` keeps a `{kind}` between tokens, expected a cache of keys and values")
+        kind = "no cache" if state is None else f"a `{type(state).__name__}`"
+        raise ArtifactError(f"`{path}` keeps {kind} between tokens, expected keys and values")
     shapes = set()
     for layer in state.layers:
         for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):

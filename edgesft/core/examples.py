@@ -33,7 +33,7 @@ class DataOptions:
 
     format: Annotated[
         Literal["auto", "text", "classify", "prompt", "messages", "calibration"],
-        Field(description="what the columns mean; auto: what the first row shows; calibration: the texts only"),
+        Field(description="what the columns mean; auto: as the first row shows; calibration: texts only"),
     ] = "auto"
     template: Annotated[
         str | None, Field(description="text with {column} fields that ends where a label word answers")

@@ -243,7 +243,6 @@ def load(path: Path, *, dtype: str = "float32") -> "nn.Module":
             str(path),
             config=_config(path),
             dtype=getattr(torch, dtype),
-            attn_implementation="sdpa",
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,

@@ -350,6 +350,7 @@ class _Session:
         from edgesft.core import statistics
 
         own = next((k["decision"] for k in reversed(self.looks) if k["clock"] == clock), verdict)
+        own = statistics.INCONCLUSIVE if own == statistics.CONTINUE else own
         entry: dict[str, Any] = {"metric": self.metric, "clock": clock, "verdict": own, "blocking": True}
         entry["pairs"] = 0
         empty = ("ratio", "noise", "detectable", "pairs_predicted", "base_ms", "head_ms")

@@ -18,7 +18,7 @@ def model(tiny_model, tmp_path):
 
 def refused(cli, *command, code, out, says):
     done = cli(*command, "-o", out, code=code)
-    assert done.stderr.startswith("error: "), done.stderr
+    assert any(line.startswith("error: ") for line in done.stderr.splitlines()), done.stderr
     assert says in done.stderr, done.stderr
     assert not out.exists(), sorted(out.iterdir())
 
@@ -56,7 +56,7 @@ def test_missing_things(cli, tiny_model, tiny_data, tmp_path):
     refused(cli, "tune", tmp_path / "no", tiny_data, "--zo", code=3, out=out, says="no")
     refused(cli, "tune", tiny_model, tmp_path / "no.jsonl", "--zo", code=3, out=out, says="no.jsonl")
     refused(cli, "merge", tiny_model, tmp_path / "nodelta", code=3, out=out, says="nodelta")
-    refused(cli, "tune", "demo:nothing", tiny_data, "--zo", code=3, out=out, says="demo:")
+    refused(cli, "tune", "demo:nothing", tiny_data, "--zo", code=2, out=out, says="smollm2-135m")
 
 
 def test_truncated_weights(cli, model, tiny_data, tmp_path):
@@ -129,9 +129,9 @@ def test_remote_code_is_not_run(cli, model, tiny_data, tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b'{"text": "a", "label": 0}\n{"text": "b", "label"\n', ":2"),
+        (b'{"text": "a", "label": 0}\n{"text": "b", "label"\n', "line 2"),
         (b"", "empty"),
-        (b'{"text": "a", "label": 0}\n\xff\xfe\n', ":2"),
+        (b'{"text": "a", "label": 0}\n\xff\xfe\n', "line 2"),
         (b'{"other": 1}\n', "other"),
     ],
 )
@@ -145,7 +145,7 @@ def test_skip_bad_counts(cli, tiny_model, tiny_data, tmp_path):
     file = tmp_path / "some.jsonl"
     file.write_text("{broken\n" + tiny_data.read_text())
     command = ["tune", tiny_model, file, "--zo", "--steps", 1, "--threads", 1, *WORDS]
-    refused(cli, *command, code=3, out=tmp_path / "a", says=":1")
+    refused(cli, *command, code=3, out=tmp_path / "a", says="line 1")
     cli(*command, "--skip-bad", 1, "-o", tmp_path / "b")
 
 
