@@ -647,7 +647,19 @@ def doctor(json: Json = False) -> None:
     if json:
         console.data_json(record)
     else:
-        console.facts({k: v for k, v in record.items() if k not in ("packages", "hints")})
+        host, kernels = record["device"]["host"], record["kernels"]
+        console.facts(
+            {
+                "ok": record["ok"],
+                "python": record["python"],
+                "machine": f"{host['name']}, {host['physical_cores']} cores, {host['memory_bytes'] / 1e9:.0f} GB",
+                "gpus": record["device"]["gpus"],
+                "compiler": record["compiler"],
+                "kernels": {name: f"{k['implementation']} ({k['why']})" for name, k in kernels.items()},
+                "targets": record["targets"],
+                "demo": record["demo"],
+            }
+        )
         console.table(
             ("package", "wanted", "here", ""),
             [

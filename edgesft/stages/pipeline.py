@@ -22,6 +22,7 @@ from edgesft.core.stage import Stage, execute, request
 from edgesft.stages import report
 
 RUN = "run.json"
+LIGHT = {"prompts": 3, "decode_tokens": 24, "processes": 1, "prefill_seconds": 0.0}  # of torch rows
 SUMMARY = "summary.json"
 REPORT = "report.html"
 
@@ -71,7 +72,7 @@ def plan(recipe: Recipe, *, data_options: Any, threads: int, seed: int | None) -
     chain = _Chain(recipe, seed, {"threads": threads})
     shared = {"data_options": data_options}
     evaluate = chain.stage(Evaluate, "eval", shared)
-    light = chain.stage(Profile, "profile", {"prompts": 4, "decode_tokens": 24})
+    light = chain.stage(Profile, "profile", LIGHT)
     full = chain.stage(Profile, "profile")
 
     def judge(title: str, made: str, where: str, profile: Stage) -> None:

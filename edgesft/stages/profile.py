@@ -32,8 +32,8 @@ class Profile:
     """Options of the stage. The defaults give every percentile of the time per token.
 
     prompts: how many a process, each followed by decode_tokens steps. prefill_seconds: time at most for
-    further prompts without decoding, so that p90 of the time to first token has its samples too. timeout:
-    seconds after which a process counts as hung.
+    further prompts without decoding (calls, of an encoder), so that p90 or p99 of them has its samples too.
+    timeout: seconds after which a process counts as hung.
     """
 
     name: ClassVar[str] = "profile"
@@ -122,16 +122,18 @@ class Profile:
         """Prompts without decoding that this process adds, in view of what the first one cost."""
         from edgesft.core.statistics import samples_needed
 
-        if index < 2 or measured[1]["loaded"]["kind"] != "decoder":
+        if index < 2:
             return 0
-        cost = plain.median(r["ttft_ns"] for r in measured[1]["repetitions"]) / 1e9
+        cost = plain.median(r.get("ttft_ns", r.get("call_ns")) for r in measured[1]["repetitions"]) / 1e9
         others = self.processes - 1
-        # A fifth more than the bare number: the warm-up cut takes some away.
-        missing = math.ceil(1.2 * samples_needed(0.9)) - self.processes * self.prompts
         affordable = int(self.prefill_seconds / others / max(cost, 1e-6))
-        wanted = max(0, math.ceil(missing / others))
-        # Fewer than all of them make no percentile: spend no time on them.
-        return wanted if wanted <= affordable else 0
+        for q in (0.99, 0.9):
+            # A fifth more than the bare number: the warm-up cut takes some away.
+            missing = math.ceil(1.2 * samples_needed(q)) - self.processes * self.prompts
+            wanted = max(0, math.ceil(missing / others))
+            if wanted <= affordable:
+                return wanted
+        return 0  # too few for a percentile are worth no time
 
 
 def resolve(ref: str | Path) -> Artifact:
