@@ -641,25 +641,13 @@ def doctor(json: Json = False) -> None:
 
     Example: edgesft doctor --json
     """
-    from edgesft.stages.doctor import examine
+    from edgesft.stages import doctor as diagnosis
 
-    record = examine()
+    record = diagnosis.examine()
     if json:
         console.data_json(record)
     else:
-        host, kernels = record["device"]["host"], record["kernels"]
-        console.facts(
-            {
-                "ok": record["ok"],
-                "python": record["python"],
-                "machine": f"{host['name']}, {host['physical_cores']} cores, {host['memory_bytes'] / 1e9:.0f} GB",
-                "gpus": record["device"]["gpus"],
-                "compiler": record["compiler"],
-                "kernels": {name: f"{k['implementation']} ({k['why']})" for name, k in kernels.items()},
-                "targets": record["targets"],
-                "demo": record["demo"],
-            }
-        )
+        console.facts(diagnosis.brief(record))
         console.table(
             ("package", "wanted", "here", ""),
             [

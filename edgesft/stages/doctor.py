@@ -3,6 +3,7 @@
 import importlib.util
 import shutil
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -36,6 +37,22 @@ def examine() -> dict[str, Any]:
         "targets": {"onnx": _present("onnxruntime"), "tensorrt": _present("tensorrt")},
         "device": runtime("devices.host").status(),
         "hints": hints,
+    }
+
+
+def brief(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the examination a person reads first."""
+    host = record["device"]["host"]
+    memory = (host["memory_bytes"] or 0) / 1e9
+    return {
+        "ok": record["ok"],
+        "python": record["python"],
+        "machine": f"{host['name']}, {host['physical_cores']} cores, {memory:.0f} GB",
+        "gpus": [gpu["name"] for gpu in record["device"]["gpus"]],
+        "compiler": record["compiler"],
+        "kernels": {name: f"{k['implementation']} ({k['why']})" for name, k in record["kernels"].items()},
+        "targets": record["targets"],
+        "demo": record["demo"],
     }
 
 
