@@ -351,7 +351,9 @@ def _signals_set(stop: threading.Event) -> Iterator[None]:
 
     def ask(number: int, frame: Any) -> None:  # noqa: ANN401 - a frame
         if stop.is_set():
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:  # a second SIGTERM is what process managers send to a whole group
+                raise KeyboardInterrupt
+            return
         stop.set()
         console.say("stopping after this step; once more stops at once")
 
