@@ -38,7 +38,7 @@ lint: $(DEMO)
 	$(BIN)/mypy
 
 unit: $(DEMO)
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not tensorrt and not bench"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not tensorrt and not bench"
 
 docs: $(INSTALLED)
 	$(BIN)/edgesft docs -o docs/methods

@@ -27,18 +27,22 @@ def main() -> None:
     parser.add_argument("--recipe", default="sparse-mezo")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--set", dest="sets", nargs="*", default=[], help="KEY=VALUE, as `edgesft tune` takes it"
+    )
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("out/dev-loss"))
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
 
     threads = ("--threads", arguments.threads)
+    sets = [part for setting in arguments.sets for part in ("--set", setting)]
     before = edgesft("eval", arguments.model, arguments.data, *threads)
     runs = []
     for seed in arguments.seeds:
         delta, merged = arguments.work / f"delta-{seed}", arguments.work / f"merged-{seed}"
         tuned = edgesft("tune", arguments.model, arguments.data, "--recipe", arguments.recipe,
-                        "--steps", arguments.steps, "--seed", seed, *threads, "-o", delta)  # fmt: skip
+                        "--steps", arguments.steps, "--seed", seed, *threads, *sets, "-o", delta)  # fmt: skip
         edgesft("merge", arguments.model, delta, "-o", merged)
         after = edgesft("eval", merged, arguments.data, *threads)
         runs.append(
