@@ -22,7 +22,7 @@ from edgesft.core.stage import Stage, execute, request
 from edgesft.stages import report
 
 RUN = "run.json"
-LIGHT = {"prompts": 3, "decode_tokens": 24, "processes": 1, "prefill_seconds": 0.0}  # of torch rows
+LIGHT = {"prompts": 16, "decode_tokens": 6, "processes": 1, "prefill_seconds": 0.0}  # of torch rows
 SUMMARY = "summary.json"
 REPORT = "report.html"
 

@@ -40,8 +40,8 @@ class Profile:
     gives: ClassVar[str] = "profile"
 
     prompt_tokens: Length = 128
-    decode_tokens: Length = 32
-    prompts: Count = 14
+    decode_tokens: Length = 48
+    prompts: Count = 15
     processes: Annotated[int, Field(ge=1, le=1000)] = 2
     prefill_seconds: Annotated[float, Field(ge=0)] = 6.0
     threads: Threads = 0

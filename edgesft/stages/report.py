@@ -160,7 +160,7 @@ def _quality_latency(summary: Mapping[str, Any]) -> str | None:
             label=f"{point['stage']} ({point['runtime']})",
         )
     axes.set_xlim(left=0)
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return _svg(figure)
 
 

@@ -38,7 +38,9 @@ class SparseGPT(Method):
     density: Density = 0.5
     damping: Annotated[float, Field(gt=0, le=1, description="added to the diagonal, of its mean")] = 0.01
     block: Annotated[int, Field(ge=1, le=65_536, description="columns between two lazy updates")] = 128
-    precision: Literal["float32", "float64"] = "float32"
+    precision: Annotated[
+        Literal["float32", "float64"], Field(description="of H, its factor and the sweep")
+    ] = "float32"
 
     def compress(self, name: str, weight: Tensor, signals: Signals) -> Tensor:  # (out, in) -> (out, in)
         hessian = signals.hessian(name).to(getattr(torch, self.precision), copy=True)

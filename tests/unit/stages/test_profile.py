@@ -107,14 +107,15 @@ def test_too_few_samples_are_refused_with_the_number(exported, fake, tmp_path):
 
 def test_warm_up_is_cut_and_said(exported, fake, tmp_path):
     fake.answer = lambda request: measured(request, warm=3)
-    found = profile.load(execute(Profile(), {"exported": exported}, tmp_path / "out")[0])
+    stage = Profile(prompts=14, decode_tokens=32)
+    found = profile.load(execute(stage, {"exported": exported}, tmp_path / "out")[0])
     assert [c["cut"] for c in found["warmup"]["tpot"]] == pytest.approx([96, 96], abs=6)
     assert found["warmup"]["steady"]
     assert found["tpot_ms"]["p99"] < 9
 
 
 def test_prompts_for_the_first_token_are_added_only_if_they_are_affordable(exported, fake, tmp_path):
-    execute(Profile(), {"exported": exported}, tmp_path / "quick")
+    execute(Profile(prompts=14), {"exported": exported}, tmp_path / "quick")
     assert fake[2]["workload"]["prefills"] == 77 - 28
     fake.clear()
     fake.answer = lambda request: measured(request, step_ms=80.0)
