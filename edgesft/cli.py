@@ -300,7 +300,7 @@ def verify(
     report = verification.verify(
         artifact.read(exported, "onnx"), models.resolve(against), tokens=tokens, threads=threads
     )
-    console.data_json(report) if json else console.facts(report)
+    console.data_json(report) if json else console.facts(verification.brief(report))
     verification.judge(report)
 
 
@@ -419,7 +419,7 @@ def profile(
     )
     if made is not None:
         result = profiling.load(made)
-        console.data_json(result) if json else console.facts(made.metrics)
+        console.data_json(result) if json else console.facts(profiling.brief(made.metrics))
 
 
 @app.command(rich_help_panel="Judge")
@@ -452,6 +452,7 @@ def gate(
     Example: edgesft gate --base out/main --head out/change
     """
     from edgesft.stages import gate as gating
+    from edgesft.stages.verdict import describe, judge
 
     given = _given(
         metric=metric,
@@ -471,11 +472,9 @@ def gate(
     report = gating.gate(base, head, out=out, **given)
     if json:
         console.data_json(report)
-    else:
-        console.facts(
-            {k: v for k, v in report.items() if k not in ("raw", "looks", "fingerprint", "metrics")}
-        )
-    gating.judge(report)
+    elif report["verdict"] == "pass":
+        console.data(describe(report))
+    judge(report)
 
 
 @app.command(rich_help_panel="Stages")

@@ -159,6 +159,29 @@ def load(made: Artifact) -> dict[str, Any]:
     return found
 
 
+def brief(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What a person reads first: percentiles with the bound above each, rates, memory, loads."""
+    found: dict[str, Any] = {}
+    for name in ("ttft_ms", "tpot_ms", "latency_ms"):
+        table = metrics.get(name)
+        if table is None or not table.get("samples"):
+            continue
+        for p in (f"p{w}" for w in WANTED):
+            value, high = table[p], table["high"][p]
+            known = value is not None and high is not None
+            found[f"{name} {p}"] = f"{value:.3g} (at most {high:.3g})" if known else table["reasons"][p]
+    if metrics.get("tokens_per_second") is not None:
+        found["tokens_per_second"] = metrics["tokens_per_second"]
+    return found | {
+        "load_ms cold": metrics["load_ms"]["cold"],
+        "load_ms warm": metrics["load_ms"]["warm"],
+        "peak memory MB": metrics["peak_memory_bytes"] / 1e6,
+        "artefact MB": metrics["artifact_bytes"] / 1e6,
+        "threads": metrics["threads"],
+        "steady state": metrics["warmup"]["steady"],
+    }
+
+
 def subject(inputs: Mapping[str, Artifact]) -> Artifact:
     """The artefact that is measured: an exported folder, or a model run by torch."""
     return inputs["exported"] if "exported" in inputs else inputs["model"]

@@ -89,6 +89,27 @@ class Verify:
         return report
 
 
+def brief(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a person reads first: is it the same computation, and how far the shipped form drifts."""
+    found: dict[str, Any] = {"ok": report["ok"], "quantize": report["quantize"], "builder": report["builder"]}
+    limit = report["limits"]["relative"]
+    for name in ("prefill", "batch", "decode"):
+        errors = report.get(name)
+        if errors is not None:
+            found[name] = f"{_show(errors['max_rel'])} of the largest value (limit {limit:g})"
+    greedy = report.get("greedy")
+    if greedy is not None:
+        found["greedy tokens"] = f"{greedy['tokens'] - greedy['mismatches']} of {greedy['tokens']} equal"
+    drift = report.get("drift") or {}
+    if report["quantize"] != "none" and drift:
+        ratio = drift["perplexity_ratio"]
+        found["drift of the shipped form"] = (
+            f"top-1 {drift['top1_agreement']:.2f}, KL {drift['mean_kl']:.3f}, perplexity x {ratio:.2f}"
+        )
+    first = report["first_departing_layer"]
+    return found | ({"first departing layer": first} if first else {}) | {"warnings": report["warnings"]}
+
+
 def judge(report: Mapping[str, Any]) -> None:
     """Raise CheckFailed for a report that is not ok, with its first reason and the layer it names."""
     if report["ok"]:

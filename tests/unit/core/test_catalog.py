@@ -1,5 +1,7 @@
 """The folder is the registry."""
 
+from pathlib import Path
+
 import pytest
 
 from edgesft.core import catalog
@@ -49,3 +51,10 @@ def test_names_can_be_short_where_they_are_unique():
         catalog.split("magnitude")  # select and compress both have it
     with pytest.raises(UsageError):
         catalog.split("selct:magnitude")
+
+
+def test_the_documentation_is_what_the_methods_say():
+    pages = Path(__file__).resolve().parents[3] / "docs" / "methods"
+    written = {p.name: p.read_text() for p in pages.glob("*.md")}
+    wanted = {f"{e.axis}-{e.name}.md": catalog.page(e.axis, e.name) for e in catalog.entries()}
+    assert written == wanted, "run `edgesft docs -o docs/methods`"
