@@ -289,7 +289,7 @@ def _write_tensor(file: Any, planned: Planned, tensor: "Tensor") -> None:  # noq
         )
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if flat.numel():
-        flat.view(torch.uint8).numpy().tofile(file)
+        file.write(flat.view(torch.uint8).numpy().data)  # numpy's tofile forgets why a write failed
 
 
 def write_folder(out: Path, plan: Iterable[Planned], get: "Callable[[str], Tensor]") -> list[Path]:

@@ -2,10 +2,14 @@
 
 import json
 import pickle
+import shlex
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 WORDS = ["--template", "{text} It was", "--label-word", "0= bad", "--label-word", "1= good"]
 
@@ -187,3 +191,33 @@ def test_delta_of_another_base(cli, tiny_model, model, tiny_data, tmp_path):
     tensors["model.norm.weight"] += 1
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     refused(cli, "merge", model, tmp_path / "d", code=3, out=tmp_path / "out", says="base")
+
+
+def test_a_full_disk_leaves_nothing(cli, tiny_model, tiny_data, tmp_path):
+    """The limit on a file's size stands in for the disk: 50 kB, and every product is larger."""
+    tune = ["tune", tiny_model, tiny_data, "--zo", "--steps", 1, "--threads", 1, *WORDS]
+    cli(*tune, "-o", tmp_path / "delta")
+    commands = (
+        ["merge", tiny_model, tmp_path / "delta"],
+        ["sparsify", tiny_model, "--method", "magnitude"],
+        ["export", tiny_model],
+    )
+    for command in commands:
+        out = tmp_path / "out"
+        line = shlex.join([sys.executable, "-m", "edgesft", *map(str, command), "-o", str(out)])
+        done = subprocess.run(
+            ["bash", "-c", f"ulimit -f 50; exec {line}"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 3, done.stderr
+        assert "no room left" in done.stderr
+        assert not out.exists()
+
+
+def test_two_writers_of_one_folder(cli, tiny_model, tmp_path):
+    out = tmp_path / "out"
+    partial = out / ".partial"
+    partial.mkdir(parents=True)
+    with FileLock(partial / "lock"):
+        done = cli("export", tiny_model, "-o", out, code=3)
+    assert "is being written by" in done.stderr
+    cli("export", tiny_model, "-o", out)
