@@ -77,6 +77,7 @@ def _direct(model: Path, out: Path, precision: Precision) -> tuple[dict[str, Any
         "quantize": precision.quantize,
         "group": precision.group,
         "accuracy_level": precision.accuracy_level,
+        "mixed": precision.mixed,
         "eos": list(d.eos),
         "inputs": [
             "input_ids",

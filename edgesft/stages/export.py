@@ -33,6 +33,7 @@ class Export:
     )
     group: Annotated[Literal[16, 32, 64, 128, 256], Field(description="inputs that share a scale")] = 32
     accuracy_level: Annotated[Literal[0, 1, 4], Field(description="4: int8 arithmetic; 0 or 1: float32")] = 4
+    mixed: Annotated[bool, Field(description="int4 keeps the down projections at 8 bits")] = True
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -45,7 +46,9 @@ class Export:
         return asdict(self)
 
     def _precision(self) -> Any:  # noqa: ANN401 - the exporter's own class, reached by name only
-        return runtime("exporters.dialects.graph").Precision(self.quantize, self.group, self.accuracy_level)
+        return runtime("exporters.dialects.graph").Precision(
+            self.quantize, self.group, self.accuracy_level, self.mixed
+        )
 
     def problems(self, inputs: Mapping[str, Artifact]) -> list[str]:
         """Whether the architecture can be exported at this precision."""

@@ -20,18 +20,22 @@ class Precision:
 
     The embedding and the head stay at 8 bits when the blocks have 4: together they are one table if tied,
     a wrong code there hurts every token, and the runtime's gather and matrix product share 8-bit codes only.
+    So does the down projection if `mixed`: its inputs are products, a few of them far larger than the rest,
+    and a tenth more bytes buy back most of what 4 bits cost (docs/design.md).
     group: inputs that share a scale. accuracy_level: 4 computes in int8, 0 in float32 (MatMulNBits).
     """
 
     quantize: str = "none"
     group: int = 32
     accuracy_level: int = 4
+    mixed: bool = True
 
     def bits(self, role: str) -> int:
-        """Bits of a weight; role: `linear`, `head`, `embedding`, or anything else for what is never cut."""
-        if self.quantize == "none" or role not in ("linear", "head", "embedding"):
+        """Bits of a weight; role: `linear`, `down`, `head`, `embedding`, or else for what is never cut."""
+        if self.quantize == "none" or role not in ("linear", "down", "head", "embedding"):
             return 32
-        return 4 if self.quantize == "int4" and role == "linear" else 8
+        cut = ("linear",) if self.mixed else ("linear", "down")
+        return 4 if self.quantize == "int4" and role in cut else 8
 
 
 @dataclass
@@ -118,12 +122,17 @@ class Graph:
         return self.constant(name, np.concatenate(self.place(sources, name)))
 
     def linear(
-        self, x: ir.Value, name: str, sources: Sequence[str], biases: Sequence[str | None]
+        self,
+        x: ir.Value,
+        name: str,
+        sources: Sequence[str],
+        biases: Sequence[str | None],
+        role: str = "linear",
     ) -> ir.Value:
         """x (..., K) times the transposed matrices `sources` (N_j, K), stacked: (..., sum N_j)."""
         bias = self.bias(f"{name}.bias", biases)
-        if self.precision.bits("linear") < 32:
-            return self.matmul(x, self.table(name, sources, "linear"), bias, name)
+        if self.precision.bits(role) < 32:
+            return self.matmul(x, self.table(name, sources, role), bias, name)
         tensor = f"{name}.weight"
         parts = [array.T for array in self.place(sources, tensor, transposed=True)]
         (y,) = self.op("MatMul", [x, self.constant(tensor, np.concatenate(parts, axis=1))], name)

@@ -59,9 +59,10 @@ def build(decoder: Decoder, weights: Arrays, out: Path, precision: Precision) ->
 def needed(decoder: Decoder, precision: Precision) -> int:
     """Bytes that the export takes on disk, rounded up by a few pages a tensor."""
     d = decoder
-    linear = d.hidden * (d.q_width * 2 + d.kv_width * 2 + 3 * d.intermediate)
+    linear = d.hidden * (d.q_width * 2 + d.kv_width * 2 + 2 * d.intermediate)
     per_weight = {32: 4.0, 8: 1 + 4 / precision.group, 4: 0.5 + 4.5 / precision.group}
     total = d.layers * linear * per_weight[precision.bits("linear")]
+    total += d.layers * d.hidden * d.intermediate * per_weight[precision.bits("down")]
     tables = 1 if d.tied else 2
     total += tables * d.vocabulary * d.hidden * per_weight[precision.bits("head")]
     total += d.context * d.head_dim * 4
@@ -245,4 +246,4 @@ class _Decoder(Graph):
         gate, up = self.op("Split", [both], [f"{name}.gate", f"{name}.up"], axis=-1, num_outputs=2)
         (act,) = self.op("QuickGelu", [gate], f"{name}.act", domain=MICROSOFT, alpha=1.0)
         (product,) = self.op("Mul", [act, up], f"{name}.product")
-        return self.linear(product, f"{name}.down", [b.down], [b.down_bias])
+        return self.linear(product, f"{name}.down", [b.down], [b.down_bias], "down")

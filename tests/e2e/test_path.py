@@ -171,6 +171,10 @@ compress = { use = "magnitude" }
 [eval]
 [profile]
 prompt_tokens = 8
+decode_tokens = 8
+prompts = 4
+processes = 1
+prefill_seconds = 0
 """
 
 

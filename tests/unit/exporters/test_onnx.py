@@ -250,10 +250,17 @@ def test_description_and_metrics(made: Made, tmp_path: Path) -> None:
     assert (said["quantize"], said["group"], said["accuracy_level"]) == ("int4", 64, 4)
     assert said["outputs"][:2] == ["logits", "present.0.key"]
     assert metrics["bytes"] == sum((tmp_path / f"model.onnx{e}").stat().st_size for e in ("", ".data"))
-    total = sum(t.numel() for t in load_file(model / "model.safetensors").values())
-    assert sum(metrics["parameters"].values()) == total
-    assert metrics["parameters"]["int8"] == 96 * 64
+    tensors = load_file(model / "model.safetensors")
+    down = sum(t.numel() for name, t in tensors.items() if "down_proj" in name)
+    assert sum(metrics["parameters"].values()) == sum(t.numel() for t in tensors.values())
+    assert metrics["parameters"]["int8"] == 96 * 64 + down
     assert metrics["parameters"]["float32"] == 5 * 64
+
+
+def test_int4_without_mixing_keeps_only_the_tables_at_8_bits(made: Made, tmp_path: Path) -> None:
+    model, _ = made("llama", "none")
+    metrics = export(model, tmp_path, Precision("int4", mixed=False))
+    assert metrics["parameters"]["int8"] == 96 * 64
 
 
 def test_nan_is_refused(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def test_the_folder_runs_and_says_what_it_is(tiny_model: Path, tmp_path: Path) -
         "quantize": "int8",
         "group": 32,
         "accuracy_level": 4,
+        "mixed": True,
     }
     metrics = made.metrics
     assert (metrics["builder"], metrics["layers"], metrics["pattern"], metrics["density"]) == (
