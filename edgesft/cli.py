@@ -409,17 +409,12 @@ def profile(
             threads=threads,
         )
     )
-    made = _write(
-        stage,
-        {"exported": profiling.resolve(exported)},
-        out,
-        json=False,
-        dry_run=dry_run,
-        show=lambda m: None,
-    )
-    if made is not None:
-        result = profiling.load(made)
-        console.data_json(result) if json else console.facts(profiling.brief(made.metrics))
+    inputs = {"exported": profiling.resolve(exported)}
+    if dry_run:
+        _write(stage, inputs, out, json=json, dry_run=True)
+        return
+    made = _write(stage, inputs, out, json=False, dry_run=False, show=lambda metrics: None)
+    console.data_json(profiling.load(made)) if json else console.facts(profiling.brief(made.metrics))
 
 
 @app.command(rich_help_panel="Judge")

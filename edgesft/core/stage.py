@@ -60,15 +60,13 @@ def plan(stage: Stage, inputs: Mapping[str, Artifact], out: Path) -> dict[str, A
     asked = request(stage, inputs)
     done = artifact.finished(out, asked) is not None
     refuse(stage, inputs)
-    found = {
+    return {
         "stage": stage.name,
         "out": str(out),
         "state": "up to date" if done else "to run",
         "params": stage.params(),
         "inputs": {role: {"kind": a.kind, "ref": a.ref, "bytes": a.bytes} for role, a in inputs.items()},
     }
-    estimate = getattr(stage, "estimate", None)  # stages that can tell memory or counts beforehand
-    return found | ({"estimate": estimate(inputs)} if estimate is not None else {})
 
 
 def refuse(stage: Stage, inputs: Mapping[str, Artifact]) -> None:

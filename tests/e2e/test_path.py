@@ -145,6 +145,24 @@ def test_the_same_request_is_not_run_twice(cli, made, tiny_model):
     assert (made / "merged" / "manifest.json").stat().st_mtime_ns == before
 
 
+def test_a_dry_run_tells_the_plan_and_writes_nothing(cli, made, tiny_model, tiny_data, recipe, tmp_path):
+    out = tmp_path / "out"
+    commands = (
+        ["tune", tiny_model, tiny_data, "--zo", *WORDS],
+        ["merge", tiny_model, made / "delta"],
+        ["sparsify", tiny_model, tiny_data],
+        ["export", tiny_model],
+        ["eval", tiny_model, tiny_data, *WORDS],
+        ["profile", made / "int4", "--prompt-tokens", 8],
+        ["gate", "--base", made / "int4", "--head", made / "fp32"],
+        ["run", recipe, tiny_model, tiny_data, *WORDS],
+    )
+    for command in commands:
+        plan = json.loads(cli(*command, "-o", out, "--dry-run", "--json").stdout)
+        assert plan["out"] == str(out)
+        assert not out.exists(), command
+
+
 def test_inspect_tells_where_it_came_from(cli, made):
     record = json.loads(cli("inspect", made / "delta", "--json").stdout)
     assert record["kind"] == "delta"
