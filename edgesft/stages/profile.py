@@ -141,13 +141,9 @@ def resolve(ref: str | Path) -> Artifact:
 
     Raises ArtifactError for what is missing, broken or of another kind.
     """
-    path = Path(ref)
-    manifest = artifact.read_manifest(path) if path.is_dir() else None
-    if manifest is not None and manifest.get("kind") != "model":
-        return artifact.read(path, "onnx", "model", ref=str(ref))
     from edgesft.core import models
 
-    return models.resolve(str(ref))
+    return models.resolve(str(ref), "onnx", "model")
 
 
 def load(made: Artifact) -> dict[str, Any]:
