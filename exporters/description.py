@@ -7,6 +7,8 @@ from typing import Any
 from edgesft.core.errors import ArtifactError
 
 FILE = "export.json"
+MODEL = "model.onnx"
+DATA = "model.onnx.data"  # weights beside it
 FORMAT = 1
 _KEYS = {"kind": str, "vocabulary": int, "inputs": list, "outputs": list}
 

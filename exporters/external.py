@@ -10,9 +10,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from edgesft.core.errors import ArtifactError
+from edgesft.exporters.description import DATA
 
-MODEL = "model.onnx"
-DATA = "model.onnx.data"
 ALIGN = 4096  # a page: the runtime maps the file instead of copying it
 _INLINE = 256  # smaller tensors stay in the graph, where shape inference can see them
 

@@ -9,10 +9,9 @@ from edgesft.core import console
 from edgesft.core.artifact import write_json
 from edgesft.core.errors import ArtifactError
 from edgesft.exporters import decoder
-from edgesft.exporters.description import FILE, FORMAT
+from edgesft.exporters.description import DATA, FILE, FORMAT, MODEL
 from edgesft.exporters.dialects.graph import Precision
 from edgesft.exporters.dialects.onnxruntime import build
-from edgesft.exporters.external import DATA, MODEL
 from edgesft.exporters.weights import Arrays
 
 TARGET = "onnx"

@@ -16,8 +16,7 @@ import numpy.typing as npt
 from edgesft.core import artifact
 from edgesft.core import threads as core_threads
 from edgesft.core.errors import ArtifactError, DeviceError, UsageError
-from edgesft.exporters.description import read_description
-from edgesft.exporters.external import MODEL
+from edgesft.exporters.description import MODEL, read_description
 from edgesft.exporters.weights import FloatArray
 
 if TYPE_CHECKING:

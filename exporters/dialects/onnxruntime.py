@@ -20,8 +20,9 @@ import onnx_ir as ir
 from edgesft import __version__
 from edgesft.core import console
 from edgesft.exporters.decoder import Block, Decoder
+from edgesft.exporters.description import MODEL
 from edgesft.exporters.dialects.graph import MICROSOFT, Built, Graph, Precision
-from edgesft.exporters.external import ALIGN, MODEL, DataFile, check_space
+from edgesft.exporters.external import ALIGN, DataFile, check_space
 from edgesft.exporters.quantize import blocks
 from edgesft.exporters.weights import Arrays
 
