@@ -60,7 +60,7 @@ class Gate:
     alpha, beta: risk of a false alarm, and of passing a slowdown of the margin. max_pairs: when to give up.
     prompt_tokens, decode_tokens, repetitions: what a process runs. estimator: the one number that it gives.
     clock: `wall`; `cpu`, the processor time of the calling thread, which other work on a busy machine hardly
-    moves, but which does not see waiting; `both` (see `statistics.agree`).
+    moves, but which does not see waiting; `both` (see `sequential.agree`).
     inconclusive: what an inconclusive run counts as. check_memory, check_size: fail also for more than 2 %
     more of it. drill_slowdown: per cent by which head is slowed in its runner, to see the gate fire.
     timeout: seconds after which the first process of a side counts as hung.
@@ -140,7 +140,7 @@ class _Session:
     """One gate while it runs: its sides, its pairs so far, its report."""
 
     def __init__(self, options: Gate, inputs: Mapping[str, Artifact], work: Workdir) -> None:
-        from edgesft.core import statistics
+        from edgesft.core import sequential
 
         self.options, self.inputs = options, inputs
         self.client, self.host = catalog.runtime("devices.client"), catalog.runtime("devices.host")
@@ -148,7 +148,7 @@ class _Session:
         # The first clock also decides on the warm-up: of the two, processor time is the quieter.
         self.clocks = ("cpu", "wall") if options.clock == "both" else (options.clock,)
         self.decided_by = self.clocks[0]
-        self.rule = statistics.Rule(
+        self.rule = sequential.Rule(
             margin=options.margin_percent / 100,
             tolerance=options.tolerance_percent / 100,
             alpha=options.alpha,
@@ -192,18 +192,18 @@ class _Session:
 
     def _decide(self) -> str | None:
         """The verdict of the look that is due at this number of pairs, None to go on."""
-        from edgesft.core import statistics
+        from edgesft.core import sequential
 
         ratios = {c: [math.log(p["ratio"][c]) for p in self.counted] for c in self.clocks}
         self.looks = []
         for n in self.rule.looks:
             if n > len(self.counted):
                 return None
-            looks = {c: statistics.look(ratios[c][:n], self.rule) for c in self.clocks}
+            looks = {c: sequential.look(ratios[c][:n], self.rule) for c in self.clocks}
             self.looks += [{"clock": c, **look.json()} for c, look in looks.items()]
             one, *other = looks.values()
-            decision = statistics.agree(one, other[0], self.rule) if other else one.decision
-            if decision != statistics.CONTINUE:
+            decision = sequential.agree(one, other[0], self.rule) if other else one.decision
+            if decision != sequential.CONTINUE:
                 same = (c for c, look in looks.items() if look.decision == decision)
                 self.decided_by = next(same, self.clocks[0])
                 return decision
@@ -352,10 +352,10 @@ class _Session:
 
     def _entry(self, clock: str, verdict: str) -> dict[str, Any]:
         """The latency's line of the report by one clock, at the pairs reached."""
-        from edgesft.core import statistics
+        from edgesft.core import sequential
 
         own = next((k["decision"] for k in reversed(self.looks) if k["clock"] == clock), verdict)
-        own = statistics.INCONCLUSIVE if own == statistics.CONTINUE else own
+        own = sequential.INCONCLUSIVE if own == sequential.CONTINUE else own
         entry: dict[str, Any] = {"metric": self.metric, "clock": clock, "verdict": own, "blocking": True}
         entry["pairs"] = 0
         empty = ("ratio", "noise", "detectable", "pairs_predicted", "base_ms", "head_ms")
@@ -364,15 +364,15 @@ class _Session:
         if not pairs:
             return entry
         ratios = [math.log(p["ratio"][clock]) for p in pairs]
-        low, high = statistics.hodges_lehmann_interval(ratios, self.rule.beta_look)
-        spread = statistics.noise(ratios)
+        low, high = sequential.hodges_lehmann_interval(ratios, self.rule.beta_look)
+        spread = sequential.noise(ratios)
         return entry | {
             "pairs": len(pairs),
-            "ratio": math.exp(statistics.hodges_lehmann(ratios)),
+            "ratio": math.exp(sequential.hodges_lehmann(ratios)),
             "interval": [None if x is None else math.exp(x) for x in (low, high)],
             "noise": spread,
-            "detectable": statistics.detectable(spread, len(pairs)),
-            "pairs_predicted": statistics.pairs_predicted(spread, self.rule.margin),
+            "detectable": sequential.detectable(spread, len(pairs)),
+            "pairs_predicted": sequential.pairs_predicted(spread, self.rule.margin),
             "base_ms": _median([p["base"]["value"][clock] for p in pairs]),
             "head_ms": _median([p["head"]["value"][clock] for p in pairs]),
         }
