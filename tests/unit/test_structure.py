@@ -14,7 +14,7 @@ FOLDERS = ("exporters", "kernels", "devices")
 
 # layer -> layers that it may import; stages reach methods and the machine side by name only
 ALLOWED = {
-    "cli": {"stages", "core"},
+    "cli": {"cli", "stages", "core"},
     "stages": {"stages", "core"},
     "methods": {"core"},
     "exporters": {"exporters", "kernels", "core"},

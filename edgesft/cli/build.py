@@ -1,0 +1,236 @@
+"""Commands that make something: tune, merge, sparsify, export, run a whole recipe, generate."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgesft.cli.app import (
+    Columns,
+    Data,
+    DryRun,
+    Either,
+    Format,
+    Json,
+    LabelWords,
+    Model,
+    Out,
+    SeedOption,
+    Sets,
+    SkipBad,
+    Template,
+    Threads,
+    app,
+    data_options,
+    given,
+    use_threads,
+    write,
+)
+from edgesft.core import console
+from edgesft.core.errors import UsageError
+
+
+@app.command(rich_help_panel="Stages")
+def tune(
+    model: Model,
+    data: Data,
+    out: Out,
+    zo: Annotated[bool, typer.Option("--zo", help="Short for --recipe sparse-mezo: no gradients.")] = False,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe name or .toml file; `lora` if none is named.")
+    ] = None,
+    sets: Sets = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
+    seed: SeedOption = None,
+    threads: Threads = 0,
+    template: Template = None,
+    label_word: LabelWords = None,
+    columns: Columns = None,
+    form: Format = "auto",
+    skip_bad: SkipBad = 0,
+    json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Fine-tune MODEL on DATA into a delta.
+
+    Example: edgesft tune demo:smollm2-135m demo:sst2 --zo --steps 200 -o out/delta
+    """
+    from edgesft.core import data as data_module
+    from edgesft.core import models
+    from edgesft.core import recipe as recipes
+    from edgesft.stages.tune import Tune
+
+    if zo and recipe is not None:
+        raise UsageError("`--zo` and `--recipe` exclude each other: `--zo` is `--recipe sparse-mezo`")
+    chosen = recipes.load("sparse-mezo" if zo else recipe or "lora")
+    chosen = recipes.override(chosen, sets or [], "tune")
+    options = data_options(template, label_word, columns, form, skip_bad)
+    stage = Tune.from_recipe(chosen.table("tune") | given(steps=steps, seed=seed), options)
+    use_threads(threads)
+    inputs = {"model": models.resolve(model), "data": data_module.resolve(data, options)}
+    write(stage, inputs, out, json=json, dry_run=dry_run)
+
+
+@app.command(rich_help_panel="Stages")
+def merge(
+    model: Model,
+    deltas: Annotated[list[Path], typer.Argument(metavar="DELTA...", help="Deltas or PEFT LoRA adapters.")],
+    out: Out,
+    allow_other_base: Annotated[
+        bool, typer.Option(help="Merge though the delta was made on another model.")
+    ] = False,
+    json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Write deltas into MODEL: an ordinary Hugging Face folder.
+
+    Example: edgesft merge demo:smollm2-135m out/delta -o out/merged
+    """
+    from edgesft.core import delta_file, models
+    from edgesft.stages.merge import Merge
+
+    inputs = {"model": models.resolve(model)}
+    inputs |= {f"delta-{i}": delta_file.resolve(str(path)) for i, path in enumerate(deltas)}
+    write(Merge(allow_other_base=allow_other_base), inputs, out, json=json, dry_run=dry_run)
+
+
+@app.command(rich_help_panel="Stages")
+def sparsify(
+    model: Model,
+    out: Out,
+    data: Annotated[
+        str | None, typer.Argument(metavar="[DATA]", help="Calibration text; magnitude needs none.")
+    ] = None,
+    pattern: Annotated[str, typer.Option(metavar="N:M", help="N kept of every M.")] = "2:4",
+    method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt.")] = "wanda",
+    samples: Annotated[int | None, typer.Option(min=1, help="Calibration sequences.")] = None,
+    length: Annotated[int | None, typer.Option(min=8, help="Tokens a calibration sequence.")] = None,
+    sets: Sets = None,
+    seed: SeedOption = None,
+    threads: Threads = 0,
+    columns: Columns = None,
+    form: Format = "auto",
+    skip_bad: SkipBad = 0,
+    json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Prune MODEL to an N:M pattern in one shot.
+
+    Example: edgesft sparsify out/merged demo:boolq --pattern 2:4 --method wanda -o out/sparse
+    """
+    from edgesft.core import data as data_module
+    from edgesft.core import models
+    from edgesft.core import recipe as recipes
+    from edgesft.stages.sparsify import Sparsify
+
+    base = recipes.Recipe("sparsify", "", {"sparsify": {"pattern": pattern, "compress": {"use": method}}})
+    table = recipes.override(base, sets or [], "sparsify").table("sparsify")
+    options = data_options(None, None, columns, form, skip_bad)
+    more = given(samples=samples, length=length, seed=seed, threads=threads, data_options=options)
+    stage = Sparsify.from_recipe(table | more)
+    use_threads(threads)
+    inputs = {"model": models.resolve(model)}
+    if data is not None:
+        inputs["data"] = data_module.resolve(data, options)
+    write(stage, inputs, out, json=json, dry_run=dry_run)
+
+
+@app.command(rich_help_panel="Stages")
+def export(
+    model: Model,
+    out: Out,
+    target: Annotated[str, typer.Option(help="onnx (tensorrt is not in this version).")] = "onnx",
+    quantize: Annotated[str, typer.Option(help="none, int8 or int4.")] = "none",
+    sets: Sets = None,
+    json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Export MODEL with a KV cache for a runtime.
+
+    Example: edgesft export out/sparse --target onnx --quantize int4 -o out/exported
+    """
+    from edgesft.core import models
+    from edgesft.core import recipe as recipes
+    from edgesft.core.params import validate
+    from edgesft.stages.export import Export
+
+    base = recipes.Recipe("export", "", {"export": {"target": target, "quantize": quantize}})
+    stage = validate(Export, recipes.override(base, sets or [], "export").table("export"), "export")
+    write(stage, {"model": models.resolve(model)}, out, json=json, dry_run=dry_run)
+
+
+@app.command(rich_help_panel="Stages")
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe name or .toml file.")],
+    model: Model,
+    data: Data,
+    out: Out,
+    sets: Sets = None,
+    seed: SeedOption = None,
+    threads: Threads = 0,
+    template: Template = None,
+    label_word: LabelWords = None,
+    columns: Columns = None,
+    form: Format = "auto",
+    skip_bad: SkipBad = 0,
+    json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """All stages of a recipe. Killed, the same command goes on; complete, it does nothing.
+
+    Example: edgesft run quickstart demo:smollm2-135m demo:sst2 -o out/quickstart
+    """
+    from edgesft.core import data as data_module
+    from edgesft.core import models
+    from edgesft.core import recipe as recipes
+    from edgesft.stages import pipeline, report
+
+    use_threads(threads)
+    chosen = recipes.override(recipes.load(recipe), sets or [])
+    options = data_options(template, label_word, columns, form, skip_bad)
+    chain = pipeline.plan(chosen, data_options=options, threads=threads, seed=seed)
+    inputs = {"model": models.resolve(model), "data": data_module.resolve(data, options)}
+    if dry_run:
+        planned = pipeline.preview(chain, inputs, out)
+        console.data_json(planned) if json else console.facts(planned)
+        return
+    summary = pipeline.run(chain, inputs, chosen, out)
+    if json:
+        console.data_json(summary)
+    else:
+        console.table(report.COLUMNS, report.rows(summary))
+        console.say(f"\n{report.verdict_line(summary)}")
+        state = "complete" if summary["ran"] else "already complete, nothing was done"
+        console.say(f"{state}: `{out}`; report: `{out / pipeline.REPORT}`")
+    pipeline.judge(summary)
+
+
+@app.command(rich_help_panel="Use")
+def generate(
+    model: Either,
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=1_000_000)] = 64,
+    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
+    threads: Threads = 0,
+    json: Json = False,
+) -> None:
+    """Greedy text from a model or an export, with its speed.
+
+    Example: edgesft generate out/exported --prompt "The capital of France is"
+    """
+    from edgesft.core import models
+    from edgesft.stages import generate as generation
+
+    use_threads(threads)
+    found = models.resolve(model, "model", "onnx")
+    result = generation.generate(
+        found.path, prompt, max_new_tokens=max_new_tokens, chat=chat, threads=threads
+    )
+    if json:
+        console.data_json(result)
+        return
+    console.data(prompt + result["text"])
+    console.say(
+        f"\n{result['new_tokens']} tokens, first after {console.plain(result['ttft_ms'])} ms,"
+        f" then {console.plain(result['decode_tokens_per_second'])} tokens/s"
+    )
