@@ -12,7 +12,7 @@ help:
 	@echo "make demo    tune, merge, sparsify, export, verify, profile and gate a real 135M model ($(OUT))"
 	@echo "make test    ruff, mypy --strict, pytest"
 	@echo "make setup   only the virtual environment in $(VENV)"
-	@echo "make docs    write docs/methods from the methods themselves"
+	@echo "make docs    write docs/methods and docs/schemas from the code"
 	@echo "make clean   remove out/ and caches; the virtual environment stays"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -41,7 +41,7 @@ unit: $(DEMO)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not tensorrt and not bench"
 
 docs: $(INSTALLED)
-	$(BIN)/edgesft docs -o docs/methods
+	$(BIN)/edgesft docs -o docs/methods --schemas docs/schemas
 
 clean:
 	rm -rf out .pytest_cache .mypy_cache .ruff_cache build

@@ -4,6 +4,7 @@ Nothing here measures: the parent sleeps while the child runs.
 """
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -19,14 +20,17 @@ from typing import Any
 import edgesft
 from edgesft.core import errors, statistics
 from edgesft.core.artifact import Artifact
-from edgesft.core.errors import DeviceError, EdgeSFTError
+from edgesft.core.errors import DeviceError, EdgeSFTError, UsageError
 from edgesft.core.params import parse_pattern
 from edgesft.core.statistics import WarmUp
 
 WORKER = "edgesft.devices.worker"
-RUNTIMES = {
+ENGINE = "engine"
+RUNTIMES: dict[str, str | None] = {
     "onnx": "edgesft.exporters.runtime:OnnxRunnable",
     "model": "edgesft.core.torch_runtime:TorchRunnable",
+    "graph": "edgesft.exporters.foreign:GraphRunnable",
+    ENGINE: None,  # known, but nothing here runs it yet: `runtime_of` says what it takes
 }
 TAIL = 2000  # characters of stderr that a message may carry
 
@@ -41,9 +45,20 @@ class WorkerFailed(DeviceError):
 
 def runtime_of(kind: str) -> str:
     """`module:attribute` that loads an artefact of this kind. Raises DeviceError."""
-    if kind not in RUNTIMES:
-        raise DeviceError(f"an artefact of kind `{kind}` cannot be run, expected `onnx` or `model`")
-    return RUNTIMES[kind]
+    if kind == ENGINE:
+        if importlib.util.find_spec("tensorrt") is None:
+            why = "TensorRT engines need TensorRT and an NVIDIA GPU; the package `tensorrt` is not installed"
+            raise DeviceError(why, "edgesft doctor")
+        raise DeviceError(
+            "this version of EdgeSFT does not run TensorRT engines", "profile the `.onnx` file behind it"
+        )
+    found = RUNTIMES.get(kind)
+    if found is None:
+        raise DeviceError(
+            f"an artefact of kind `{kind}` cannot be run, expected one of "
+            + ", ".join(f"`{k}`" for k, v in RUNTIMES.items() if v is not None)
+        )
+    return found
 
 
 def request(
@@ -55,25 +70,43 @@ def request(
     runtime: str | None = None,
     **more: object,
 ) -> dict[str, Any]:
-    """A request for the worker. more: `cold`, `slowdown`, `until_steady`."""
+    """A request for the worker.
+
+    workload: `prompt_tokens`, `decode_tokens`, `repetitions`, and if wanted `prefills`, `batch`.
+    more: `cold`, `slowdown`, `clock`, `until_steady`, `idle_seconds`, `operators`, `shapes`; see
+    `worker.measure`. Those that are None are left out.
+    Raises DeviceError for a kind that nothing here runs, UsageError for options that do not fit the kind.
+    """
+    given = {name: value for name, value in more.items() if value is not None}
+    if given.get("operators") and artifact.kind == "model":
+        raise UsageError(
+            f"operators are timed by ONNX Runtime, `{artifact.ref}` is run by torch",
+            f"edgesft export {artifact.ref} -o OUT",
+        )
+    if given.get("shapes") and artifact.kind != "graph":
+        raise UsageError(f"shapes are for foreign graphs, `{artifact.ref}` is of kind `{artifact.kind}`")
+    if given.get("operators"):
+        given["operators"] = str(given["operators"])
     return {
         "path": str(artifact.path),
+        "files": [str(p) for p in getattr(artifact, "files", ())],
         "runtime": runtime or runtime_of(artifact.kind),
         "threads": threads,
         "workload": dict(workload),
         "seed": seed,
-        **more,
+        **given,
     }
 
 
 def measure(asked: Mapping[str, Any], timeout: float) -> dict[str, Any]:
-    """Run the worker once. Returns `{"loaded", "repetitions", "done", "wall_s"}`.
+    """Run the worker once. Returns `{"loaded", "repetitions", "idle", "done", "wall_s"}`.
 
-    timeout: seconds after which the child counts as hung.
+    timeout: seconds after which the child counts as hung, those that it is asked to be idle not counted.
     Raises WorkerLost (killed by a signal, hung), WorkerFailed (anything else that it could not do), or the
     ArtifactError that it met; messages carry the end of its stderr.
     """
     began = time.monotonic()
+    timeout += sum(asked.get("idle_seconds", ()))
     with tempfile.TemporaryFile() as stderr:
         child = subprocess.Popen(
             [sys.executable, "-m", WORKER],
@@ -98,6 +131,7 @@ def measure(asked: Mapping[str, Any], timeout: float) -> dict[str, Any]:
     return {
         "loaded": next(e for e in events if e["event"] == "loaded"),
         "repetitions": [e for e in events if e["event"] == "repetition"],
+        "idle": [e for e in events if e["event"] == "idle"],
         "done": events[-1],
         "wall_s": round(time.monotonic() - began, 3),
     }

@@ -11,20 +11,25 @@ import math
 import os
 import platform
 import re
-import shutil
-import subprocess
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from edgesft.devices.spec import DeviceSpec, catalogue, known
+from edgesft.core import threads
+from edgesft.core.threads import affinity, cgroup_cpus, physical_cores
+from edgesft.devices import cuda, sysfs
+from edgesft.devices.jetson import Jetson
+from edgesft.devices.spec import DeviceSpec, catalogue, describe, known
+from edgesft.devices.telemetry import cgroup_folders, temperature
+from edgesft.devices.telemetry import held_back as held_back
+from edgesft.devices.telemetry import telemetry as telemetry
 
-SCHEMA = 1
+SCHEMA = 2
 UNKNOWN = "unknown"
-CPU = Path("/sys/devices/system/cpu")
+ROOT = Path("/")
+CPU = ROOT / "sys/devices/system/cpu"
 # Instruction sets that change which kernels a runtime picks.
 ISA = (
     *("avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"),
@@ -33,24 +38,17 @@ ISA = (
 )
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "torch", "transformers", "onnx", "numpy")
 GPU_QUERY = "name,memory.total,driver_version,compute_cap,mig.mode.current,power.limit,clocks.max.sm"
+# Asked apart: a driver that does not know one of these answers nothing at all.
+CLOCK_QUERY = "clocks.applications.graphics,clocks.applications.memory"
+HERE = ("host", "this", "this-machine")
 
 
-def _text(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").strip("\0\n ")
-    except OSError:
-        return ""
+def _text(path: str) -> str:
+    return sysfs.text(ROOT / path.lstrip("/"))
 
 
-def _tool(*command: str, timeout: float = 5.0) -> str:
-    """Output of a tool, empty where it is missing, fails or hangs."""
-    if shutil.which(command[0]) is None:
-        return ""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+def _tool(*command: str) -> str:
+    return sysfs.tool(*command) if Path("/") == ROOT else ""
 
 
 @cache
@@ -81,56 +79,9 @@ def isa() -> list[str]:
     return sorted(flags & set(ISA))
 
 
-def affinity() -> set[int]:
-    """Logical processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return set(os.sched_getaffinity(0))
-    return set(range(os.cpu_count() or 1))
-
-
-def physical_cores(cpus: set[int] | None = None) -> int:
-    """Distinct physical cores among the logical `cpus` (all that we may use, if None); at least 1."""
-    cores = set()
-    for cpu in affinity() if cpus is None else cpus:
-        topology = CPU / f"cpu{cpu}" / "topology"
-        core = _text(topology / "core_id")
-        cores.add((_text(topology / "physical_package_id"), core) if core else cpu)
-    return max(1, len(cores))
-
-
-def cgroup_cpus() -> float | None:
-    """Processors' worth of time that the control group allows, v2 or v1; None without a limit."""
-    limits = []
-    for folder in _cgroup_folders("cpu"):
-        quota, _, period = _text(folder / "cpu.max").partition(" ")
-        if not quota:
-            quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
-        if quota.isdigit() and period.isdigit() and int(period) > 0:
-            limits.append(int(quota) / int(period))
-    return min(limits) if limits else None
-
-
-def _cgroup_folders(controller: str) -> list[Path]:
-    """Folders of this process's control group, the root first, wherever they are mounted."""
-    folders = []
-    for line in _text("/proc/self/cgroup").splitlines():
-        number, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if number == "0":
-            root = Path("/sys/fs/cgroup")
-        elif controller in controllers.split(","):
-            root = Path("/sys/fs/cgroup") / controller
-        else:
-            continue
-        parts = [p for p in path.split("/") if p and p != ".."]
-        folders += [root.joinpath(*parts[:n]) for n in range(len(parts) + 1)]
-    return [f for f in folders if f.is_dir()]
-
-
 def default_threads() -> int:
     """Physical cores within affinity and control group: logical ones share the units that do the work."""
-    quota = cgroup_cpus()
-    cores = physical_cores()
-    return cores if quota is None else max(1, min(cores, int(quota)))
+    return threads.resolve(0)
 
 
 def memory_bytes() -> int | None:
@@ -144,8 +95,8 @@ def memory_bytes() -> int | None:
 def memory_limit() -> int | None:
     """The control group's memory limit in bytes; None without one."""
     limits = []
-    for folder in _cgroup_folders("memory"):
-        text = _text(folder / "memory.max") or _text(folder / "memory.limit_in_bytes")
+    for folder in cgroup_folders("memory", ROOT):
+        text = sysfs.text(folder / "memory.max") or sysfs.text(folder / "memory.limit_in_bytes")
         if text.isdigit() and int(text) < 1 << 60:
             limits.append(int(text))
     return min(limits) if limits else None
@@ -153,7 +104,23 @@ def memory_limit() -> int | None:
 
 def governor() -> str:
     """Frequency governor of the first processor we may use."""
-    return _text(CPU / f"cpu{min(affinity())}" / "cpufreq" / "scaling_governor") or UNKNOWN
+    return sysfs.text(_cpufreq() / "scaling_governor") or UNKNOWN
+
+
+def _cpufreq() -> Path:
+    return CPU / f"cpu{min(affinity())}" / "cpufreq"
+
+
+def clock_lock() -> dict[str, Any]:
+    """What holds clocks: `cpu` (least equals greatest), `boost`, `gpu` (`jetson_clocks`); None: not shown."""
+    low, high = (sysfs.number(_cpufreq() / f"scaling_{k}_freq") for k in ("min", "max"))
+    turbo_off = sysfs.number(CPU / "intel_pstate/no_turbo")
+    boost = sysfs.number(CPU / "cpufreq/boost")
+    return {
+        "cpu": None if low is None or high is None else low == high,
+        "boost": bool(boost) if boost is not None else None if turbo_off is None else not turbo_off,
+        "gpu": jetson().get("clocks_locked"),
+    }
 
 
 @cache
@@ -166,19 +133,16 @@ def gpus() -> tuple[dict[str, str], ...]:
 
 
 @cache
-def jetson() -> dict[str, str]:
-    """Board, L4T release and power mode of a Jetson; empty elsewhere."""
-    model = _text("/proc/device-tree/model")
-    release = _text("/etc/nv_tegra_release")
-    if "jetson" not in model.lower() and not release:
-        return {}
-    match = re.search(r"R(\d+).*?REVISION:\s*([\d.]+)", release)
-    mode = re.search(r"NV Power Mode:\s*(\S+)", _tool("nvpmodel", "-q"))
-    return {
-        "board": model or UNKNOWN,
-        "l4t": f"{match[1]}.{match[2]}" if match else UNKNOWN,
-        "power_mode": mode[1] if mode else UNKNOWN,
-    }
+def application_clocks() -> tuple[str, ...]:
+    """Clocks that each GPU is set to, `graphics, memory` in MHz, where the driver says so."""
+    lines = _tool("nvidia-smi", f"--query-gpu={CLOCK_QUERY}", "--format=csv,noheader,nounits").splitlines()
+    return tuple(line.strip() for line in lines if re.fullmatch(r"\s*\d+\s*,\s*\d+\s*", line))
+
+
+@cache
+def jetson() -> dict[str, Any]:
+    """Module, releases, power mode and clock lock of a Jetson; empty elsewhere."""
+    return Jetson(ROOT).about()
 
 
 def installed(distribution: str) -> str | None:
@@ -199,17 +163,6 @@ def fingerprint(**more: object) -> dict[str, Any]:
     """
     memory = memory_bytes()
     board = jetson()
-    devices = [
-        {
-            "name": g["name"],
-            "memory_mib": g["memory.total"],
-            "driver": g["driver_version"].split(".")[0],
-            "compute_capability": g["compute_cap"],
-            "mig": g["mig.mode.current"],
-            "power_limit_w": g["power.limit"],
-        }
-        for g in gpus()
-    ]
     refuse: dict[str, Any] = {
         "system": platform.system(),
         "machine": platform.machine(),
@@ -220,12 +173,15 @@ def fingerprint(**more: object) -> dict[str, Any]:
         "cgroup_cpus": cgroup_cpus(),
         "memory_gib": None if memory is None else math.ceil(memory / 2**30),
         "governor": governor(),
+        "clock_lock": clock_lock(),
         "board": board.get("board") or _text("/proc/device-tree/model") or None,
+        "sku": board.get("sku"),
         "l4t": board.get("l4t"),
         "power_mode": board.get("power_mode"),
-        "gpus": devices,
+        "gpus": _gpu_identities(),
+        "cuda": cuda.version(),
         "onnxruntime": installed("onnxruntime") or installed("onnxruntime-gpu"),
-        "tensorrt": installed("tensorrt"),
+        "tensorrt": installed("tensorrt") or _tensorrt_library(),
         **more,
     }
     record = {
@@ -233,14 +189,42 @@ def fingerprint(**more: object) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": installed("torch"),
         "numpy": installed("numpy"),
+        "jetpack": board.get("jetpack"),
         "driver": [g["driver_version"] for g in gpus()],
         "bogomips": _cpuinfo().get("bogomips", UNKNOWN),
         "mhz": _cpuinfo().get("cpu mhz", UNKNOWN),
-        "celsius": _temperature(),
+        "celsius": temperature(ROOT),
         "load": _load(),
     }
     refuse = json.loads(json.dumps(refuse))  # tuples and lists would otherwise differ after a file
     return {"schema": SCHEMA, "id": fingerprint_id(refuse), "refuse": refuse, "record": record}
+
+
+def _gpu_identities() -> list[dict[str, Any]]:
+    """What of each GPU decides its speed. `sms` is None where the CUDA driver does not count them."""
+    rows, units, clocks = gpus(), cuda.multiprocessors(), application_clocks()
+    return [
+        {
+            "name": g["name"],
+            "memory_mib": g["memory.total"],
+            "driver": g["driver_version"].split(".")[0],
+            "compute_capability": g["compute_cap"],
+            "mig": g["mig.mode.current"],
+            "power_limit_w": g["power.limit"],
+            "max_sm_mhz": g["clocks.max.sm"],
+            "sms": units[i] if len(units) == len(rows) else None,
+            "application_mhz": clocks[i] if len(clocks) == len(rows) else None,
+        }
+        for i, g in enumerate(rows)
+    ]
+
+
+def _tensorrt_library() -> str | None:
+    """Version of a TensorRT that came with the system, from the name of its library."""
+    for folder in ("usr/lib/aarch64-linux-gnu", "usr/lib/x86_64-linux-gnu"):
+        for file in sorted((ROOT / folder).glob("libnvinfer.so.*.*.*")):
+            return file.name.partition(".so.")[2]
+    return None
 
 
 def fingerprint_id(refuse: Mapping[str, Any]) -> str:
@@ -257,73 +241,40 @@ def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
     for each in (ours, theirs):
         if not isinstance(each.get("refuse"), Mapping) or each.get("schema") != SCHEMA:
             return [f"a fingerprint has schema `{each.get('schema')}`, this EdgeSFT compares schema {SCHEMA}"]
-    a, b = ours["refuse"], theirs["refuse"]
     return [
-        f"`{name}` is `{b.get(name)}` there and `{a.get(name)}` here"
-        for name in sorted(a.keys() | b.keys())
-        if a.get(name) != b.get(name)
+        f"`{name}` is `{there}` there and `{here}` here"
+        for name, here, there in _unequal(ours["refuse"], theirs["refuse"])
     ]
+
+
+def _unequal(ours: object, theirs: object, name: str = "") -> Iterator[tuple[str, object, object]]:
+    """Dotted names of the values that differ, and both values; a missing one is None."""
+    inside = f"{name}." if name else ""
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        for key in sorted(ours.keys() | theirs.keys()):
+            yield from _unequal(ours.get(key), theirs.get(key), f"{inside}{key}")
+    elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs) and name == "gpus":
+        for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            yield from _unequal(one, other, f"{inside}{index}")
+    elif ours != theirs:
+        yield name, ours, theirs
 
 
 def _load() -> list[float]:
     return [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else []
 
 
-def _temperature() -> float | None:
-    """Hottest thermal zone in degrees Celsius."""
-    zones = [_text(z / "temp") for z in Path("/sys/class/thermal").glob("thermal_zone*")]
-    hot = [int(t) / 1000 for t in zones if t.lstrip("-").isdigit()]
-    return max(hot) if hot else None
-
-
-def telemetry() -> dict[str, float]:
-    """Counters that tell whether something held the machine back between two readings.
-
-    seconds: monotonic clock. steal, busy: processor seconds that the hypervisor took, and all together.
-    throttled: seconds that the control group held us back. thermal: throttle events of the processors.
-    Read it outside timed sections.
-    """
-    found = {"seconds": time.monotonic()}
-    fields = _text("/proc/stat").split("\n", 1)[0].split()[1:]
-    if len(fields) >= 8:
-        ticks = os.sysconf("SC_CLK_TCK")
-        found["steal"] = int(fields[7]) / ticks
-        found["busy"] = sum(int(x) for x in fields[:8]) / ticks
-    for folder in _cgroup_folders("cpu"):
-        for line in _text(folder / "cpu.stat").splitlines():
-            key, _, value = line.partition(" ")
-            if key in ("throttled_usec", "throttled_time") and value.isdigit():
-                scale = 1e-6 if key == "throttled_usec" else 1e-9
-                found["throttled"] = max(found.get("throttled", 0.0), int(value) * scale)
-    counters = [_text(p) for p in CPU.glob("cpu[0-9]*/thermal_throttle/*_throttle_count")]
-    if counters:
-        found["thermal"] = float(sum(int(c) for c in counters if c.isdigit()))
-    return found
-
-
-def held_back(before: Mapping[str, float], after: Mapping[str, float]) -> str | None:
-    """Why what ran between two readings is to be measured again, from telemetry alone; None if it is fine."""
-
-    def rise(name: str) -> float:
-        return after.get(name, 0.0) - before.get(name, 0.0)
-
-    seconds = rise("seconds")
-    if rise("thermal") > 0:
-        return "the processor throttled for heat"
-    if seconds > 0 and rise("throttled") > 0.02 * seconds:
-        return f"the control group held it back for {rise('throttled'):.2f} of {seconds:.2f} s"
-    if rise("busy") > 0 and rise("steal") > 0.10 * rise("busy"):
-        return f"the hypervisor took {100 * rise('steal') / rise('busy'):.0f} % of the processor time"
-    return None
-
-
 def spec() -> DeviceSpec:
     """This machine's processor as a device: the catalogue's rates with its own cores, clock and memory."""
     flags = set(isa())
     board = _text("/proc/device-tree/model")
-    for each in catalogue():
-        if board and each.kind != "gpu" and any(m.lower() in board.lower() for m in each.match):
-            return each
+    if jetson().get("device"):
+        return known(jetson()["device"])
+    hits = [
+        (len(m), d) for d in catalogue() for m in d.match if d.kind != "gpu" and m.lower() in board.lower()
+    ]
+    if board and hits:
+        return max(hits, key=lambda hit: hit[0])[1]
     machine = platform.machine().lower()
     if "avx512f" in flags:
         base = known("x86-avx512")
@@ -347,9 +298,9 @@ def spec() -> DeviceSpec:
 
 
 def _max_ghz() -> float | None:
-    khz = _text(CPU / "cpu0" / "cpufreq" / "cpuinfo_max_freq")
-    if khz.isdigit():
-        return int(khz) / 1e6
+    khz = sysfs.number(_cpufreq() / "cpuinfo_max_freq")
+    if khz is not None:
+        return khz / 1e6
     named = re.search(r"([\d.]+)\s*GHz", _cpuinfo().get("model name", ""))
     mhz = _cpuinfo().get("cpu mhz", "")
     if named:
@@ -412,3 +363,24 @@ def overview() -> dict[str, Any]:
 
 def _short(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+def show(name: str) -> dict[str, Any]:
+    """A device of the catalogue, or `host` for this machine: every figure with its source and confidence.
+
+    Raises UsageError for any other name.
+    """
+    if name not in HERE:
+        return describe(known(name))
+    here = spec()
+    return describe(
+        here,
+        {
+            "name": ("measured", "the kernel of this machine"),
+            "units": ("measured", "physical cores that this process may use"),
+            "ghz": ("measured", "cpufreq, or the name of the processor"),
+            "memory_gb": ("measured", "the kernel of this machine"),
+        }
+        if here.id not in {d.id for d in catalogue() if d.kind != "cpu" or d.units}
+        else {},
+    )

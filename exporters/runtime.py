@@ -25,15 +25,18 @@ if TYPE_CHECKING:
 IntArray = npt.NDArray[np.int64]
 
 
-class _Session(Protocol):
+class Session(Protocol):
     """What is used of onnxruntime.InferenceSession, which has no types of its own."""
 
     def run(self, names: Sequence[str] | None, feeds: Mapping[str, Any]) -> list[Any]: ...
     def run_with_iobinding(self, binding: Any) -> None: ...  # noqa: ANN401
+    def run_with_ort_values(self, names: Sequence[str], feeds: Mapping[str, Any]) -> list[Any]: ...
     def io_binding(self) -> Any: ...  # noqa: ANN401
     def get_inputs(self) -> list[Any]: ...
     def get_outputs(self) -> list[Any]: ...
     def get_overridable_initializers(self) -> list[Any]: ...
+    def get_profiling_start_time_ns(self) -> int: ...
+    def end_profiling(self) -> str: ...
 
 
 def load(path: Path, *, threads: int = 0, spin: bool = True) -> "OnnxRunnable":
@@ -48,16 +51,19 @@ def load(path: Path, *, threads: int = 0, spin: bool = True) -> "OnnxRunnable":
 
 
 class OnnxRunnable:
-    """An exported folder. Building it checks places, not hashes; `load` checks both."""
+    """An exported folder. Building it checks places, not hashes; `load` checks both.
 
-    def __init__(self, path: Path, *, threads: int = 0, spin: bool = True) -> None:
+    trace: where ONNX Runtime's profiler writes, see `open_session`.
+    """
+
+    def __init__(self, path: Path, *, threads: int = 0, spin: bool = True, trace: Path | None = None) -> None:
         from edgesft.exporters import safety
 
         self.path = Path(path)
         self.description = read_description(self.path)
         safety.check(self.path)
         self.threads = core_threads.resolve(threads)
-        self.session = open_session(self.path / MODEL, threads=self.threads, spin=spin)
+        self.session = open_session(self.path / MODEL, threads=self.threads, spin=spin, trace=trace)
         self.kind: str = self.description["kind"]
         self.vocabulary: int = self.description["vocabulary"]
         self.context: int = int(self.description.get("context") or 0)
@@ -98,12 +104,7 @@ class OnnxRunnable:
 
     def check_ids(self, ids: IntArray) -> None:
         """Raises UsageError for an empty text or a token outside the vocabulary."""
-        if ids.size == 0:
-            raise UsageError("there are no tokens to run, expected at least one")
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.vocabulary:
-            bad = low if low < 0 else high
-            raise UsageError(f"token {bad} is outside the vocabulary of {self.vocabulary}")
+        check_ids(ids, self.vocabulary)
 
     def check_length(self, length: int) -> None:
         """Raises UsageError if a text of `length` tokens exceeds the context."""
@@ -138,88 +139,138 @@ class OnnxRunnable:
         (found,) = self.session.run(["logits"], feeds)
         return _at(found, positions)
 
-    def start(self, capacity: int) -> "Decoding":
-        """A fresh decoding state with room for `capacity` tokens. Raises UsageError beyond the context."""
+    def start(self, capacity: int, batch: int = 1) -> "Decoding":
+        """A fresh decoding state with room for `capacity` tokens. Raises UsageError beyond the context.
+
+        batch: sequences that are decoded together. From 2 on a prompt is (B, S), all rows of one length, a
+        step takes tokens (B,), and both give logits (B, vocabulary).
+        """
         if self.kind != "decoder":
             raise UsageError(f"`{self.path}` is an encoder, only a decoder generates text")
         self.check_length(capacity)
-        return _Shared(self, capacity) if self.description.get("shared_kv") else _Growing(self, capacity)
+        if self.description.get("shared_kv"):
+            return _Shared(self, capacity, batch)
+        empty = np.zeros(self.cache_shape(batch, 0), np.float32)
+        past = {f"past_key_values.{i}.{n}": empty for i in range(self.layers) for n in ("key", "value")}
+        return Growing(self.session, past, self.vocabulary, capacity, batch, takes=self._takes)
 
 
 class _Shared:
     """Past and present are one buffer of `capacity` rows, bound once: a step copies no cache."""
 
-    def __init__(self, model: OnnxRunnable, capacity: int) -> None:
+    def __init__(self, model: OnnxRunnable, capacity: int, batch: int = 1) -> None:
         import onnxruntime as ort
 
-        self._model, self._capacity, self._length = model, capacity, 0
-        self._mask = np.ones((1, capacity), np.int64)
-        self._logits = np.empty((1, model.vocabulary), np.float32)
-        self._io = model.session.io_binding()
-        self._io.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits))
+        self._model, self._capacity, self._length, self._batch = model, capacity, 0, batch
+        self._mask = np.ones((batch, capacity), np.int64)
+        self._logits = np.empty((batch, model.vocabulary), np.float32)
+        self._io, self._value = model.session.io_binding(), ort.OrtValue.ortvalue_from_numpy
+        self._io.bind_ortvalue_output("logits", self._value(self._logits))
         self._caches = []
         for i in range(model.layers):
             for name in ("key", "value"):
                 # pages of zeros appear when first written, so a long capacity costs nothing until it is used
-                buffer = np.zeros(model.cache_shape(1, capacity), np.float32)
-                value = ort.OrtValue.ortvalue_from_numpy(buffer)
+                buffer = np.zeros(model.cache_shape(batch, capacity), np.float32)
+                value = self._value(buffer)
                 self._io.bind_ortvalue_input(f"past_key_values.{i}.{name}", value)
                 self._io.bind_ortvalue_output(f"present.{i}.{name}", value)
                 self._caches.append((buffer, value))
-        self._token = np.zeros((1, 1), np.int64)
+        self._token = np.zeros((batch, 1), np.int64)
 
     def prefill(self, input_ids: IntArray) -> FloatArray:
-        """Feed a prompt (S,), or more of it; logits (vocabulary,) after its last token."""
-        self._model.check_ids(input_ids)
-        return self._feed(np.array(input_ids, np.int64, ndmin=2))
+        """Feed a prompt (S,), or more of it; logits (vocabulary,) after its last token.
 
-    def step(self, token: int) -> FloatArray:
-        """Feed one token; logits (vocabulary,) after it."""
-        self._token[0, 0] = token
+        In a batch: (B, S), once; logits (B, vocabulary).
+        """
+        ids = rows(input_ids, self._batch)
+        self._model.check_ids(ids)
+        if self._batch > 1 and self._length and ids.shape[1] > 1:
+            raise UsageError("the prompts of a batch come in one piece")  # GroupQueryAttention asks for it
+        return self._feed(ids)
+
+    def step(self, token: "int | IntArray") -> FloatArray:
+        """Feed one token, in a batch (B,); logits (vocabulary,), in a batch (B, vocabulary), after it."""
+        self._token[:, 0] = token
         self._model.check_ids(self._token)
         return self._feed(self._token)
 
     def _feed(self, ids: IntArray) -> FloatArray:
         self._length = _room(self._length, ids.shape[1], self._capacity)
         self._io.bind_cpu_input("input_ids", ids)
-        self._io.bind_cpu_input("attention_mask", self._mask[:, : self._length])
+        # a slice of several rows has gaps, which a binding cannot take; that of one row is not copied
+        mask = np.ascontiguousarray(self._mask[:, : self._length])  # bound arrays must outlive the run
+        self._io.bind_cpu_input("attention_mask", mask)
+        if self._batch > 1:
+            last = np.arange(1, self._batch + 1, dtype=np.int64) * ids.shape[1] - 1  # flat, of each row
+            # an input with a default has no name that `bind_cpu_input` knows
+            self._io.bind_ortvalue_input("logit_positions", self._value(last))
         self._model.session.run_with_iobinding(self._io)
-        logits: FloatArray = self._logits[0].copy()  # the buffer is written again by the next step
-        return logits
+        logits = self._logits.copy()  # the buffer is written again by the next step
+        return logits if self._batch > 1 else logits[0]
 
 
-class _Growing:
-    """For graphs that return past and new in one: the present of one call is the past of the next."""
+class Growing:
+    """For graphs that return past and new in one: the present of one call is the past of the next.
 
-    def __init__(self, model: OnnxRunnable, capacity: int) -> None:
-        self._model, self._capacity, self._length = model, capacity, 0
-        self._mask = np.ones((1, capacity), np.int64)
-        empty = np.zeros(model.cache_shape(1, 0), np.float32)
-        names = [f"{i}.{n}" for i in range(model.layers) for n in ("key", "value")]
-        self._names = ["logits", *(f"present.{n}" for n in names)]
-        self._past: dict[str, Any] = {f"past_key_values.{n}": empty for n in names}
+    past: the empty cache by input name, `past_key_values.*`; its output is `present.*`. takes: names of the
+    inputs, where `position_ids`, `logit_positions` and `num_logits_to_keep` are filled in if they are among
+    them. dtypes: of the inputs that are not int64.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        past: Mapping[str, npt.NDArray[Any]],
+        vocabulary: int,
+        capacity: int,
+        batch: int = 1,
+        *,
+        takes: Collection[str],
+        dtypes: Mapping[str, npt.DTypeLike] | None = None,
+    ) -> None:
+        import onnxruntime as ort
+
+        self._session, self._value = session, ort.OrtValue.ortvalue_from_numpy
+        self._vocabulary, self._capacity, self._length, self._batch = vocabulary, capacity, 0, batch
+        self._mask = np.ones((batch, capacity), np.int64)
+        self._takes, self._dtypes = takes, dtypes or {}
+        self._names = ["logits", *(n.replace("past_key_values.", "present.", 1) for n in past)]
+        self._past: dict[str, Any] = {n: self._value(array) for n, array in past.items()}
 
     def prefill(self, input_ids: IntArray) -> FloatArray:
-        """Feed a prompt (S,), or more of it; logits (vocabulary,) after its last token."""
-        self._model.check_ids(input_ids)
-        ids = np.array(input_ids, np.int64, ndmin=2)
-        self._length = _room(self._length, ids.shape[1], self._capacity)
-        feeds = {"input_ids": ids, "attention_mask": self._mask[:, : self._length], **self._past}
-        if "logit_positions" in self._model._takes:
-            feeds["logit_positions"] = np.array([ids.shape[1] - 1])
-        logits, *present = self._model.session.run(self._names, feeds)
+        """Feed a prompt (S,), in a batch (B, S), or more of it; logits (vocabulary,) after its last token, in
+        a batch (B, vocabulary)."""
+        ids = rows(input_ids, self._batch)
+        check_ids(ids, self._vocabulary)
+        before, self._length = self._length, _room(self._length, ids.shape[1], self._capacity)
+        made = {
+            "input_ids": ids,
+            "attention_mask": self._mask[:, : self._length],
+            "position_ids": np.broadcast_to(np.arange(before, self._length), ids.shape),
+            "logit_positions": np.arange(1, self._batch + 1) * ids.shape[1] - 1,
+            "num_logits_to_keep": np.array(1),
+        }
+        feeds = {
+            name: self._value(np.ascontiguousarray(array, self._dtypes.get(name, np.int64)))
+            for name, array in made.items()
+            if name in self._takes
+        }
+        logits, *present = self._session.run_with_ort_values(self._names, {**feeds, **self._past})
         self._past = dict(zip(self._past, present, strict=True))
-        last: FloatArray = _at(logits, np.array([-1]))[0]
-        return last
+        found = logits.numpy()  # (B, S, vocabulary), or of the last position only, or (B, vocabulary)
+        last = _float(found.reshape(self._batch, -1, found.shape[-1])[:, -1])
+        return last if self._batch > 1 else last[0]
 
-    def step(self, token: int) -> FloatArray:
-        """Feed one token; logits (vocabulary,) after it."""
-        return self.prefill(np.array([token]))
+    def step(self, token: "int | IntArray") -> FloatArray:
+        """Feed one token, in a batch (B,); logits (vocabulary,), in a batch (B, vocabulary), after it."""
+        return self.prefill(np.asarray(token).reshape(self._batch, 1))
 
 
-def open_session(file: Path, *, threads: int, spin: bool = True) -> _Session:
+def open_session(file: Path, *, threads: int, spin: bool = True, trace: Path | None = None) -> Session:
     """An ONNX Runtime session on the CPU. threads: at least 1. The file must have been found safe before.
 
+    trace: beginning of the name of a file for ONNX Runtime's own profile, which `end_profiling` closes and
+    names; None: not profiled.
     Raises DeviceError if this ONNX Runtime has no implementation for an operation, ArtifactError otherwise.
     """
     import onnxruntime as ort
@@ -229,8 +280,11 @@ def open_session(file: Path, *, threads: int, spin: bool = True) -> _Session:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    if trace is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(trace)
     try:
-        session: _Session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        session: Session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # a class of its own for each status code, of a module without types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         if type(error).__name__ == "NotImplemented":
@@ -280,6 +334,24 @@ def generate(
         last = now
         tokens.append(token)
     return Generated(tuple(tokens), ttft, tuple(steps), "eos" if token in eos else "length")
+
+
+def check_ids(ids: IntArray, vocabulary: int) -> None:
+    """Raises UsageError for an empty text or a token outside the vocabulary."""
+    if ids.size == 0:
+        raise UsageError("there are no tokens to run, expected at least one")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        bad = low if low < 0 else high
+        raise UsageError(f"token {bad} is outside the vocabulary of {vocabulary}")
+
+
+def rows(input_ids: IntArray, batch: int) -> IntArray:
+    """(S,) or (B, S) as (B, S). Raises UsageError if these are not `batch` sequences."""
+    ids: IntArray = np.array(input_ids, np.int64, ndmin=2)
+    if len(ids) != batch:
+        raise UsageError(f"{len(ids)} prompts were given to a batch of {batch}")
+    return ids
 
 
 def _room(length: int, more: int, capacity: int) -> int:

@@ -56,7 +56,11 @@ def check(folder: Path, name: str = "model.onnx") -> frozenset[str]:
     attributes, subgraphs and functions are all looked at. Nothing but `folder / name` itself is read.
     Raises ArtifactError otherwise, and for a file that is no ONNX model at all.
     """
-    model = parse(folder, name)
+    return references(parse(folder, name), folder, name)
+
+
+def references(model: Any, folder: Path, name: str = "model.onnx") -> frozenset[str]:  # noqa: ANN401
+    """`check` for a model that `parse` has read already."""
     sizes: dict[str, int] = {}
     for tensor in _tensors(model):
         reference = _reference(tensor, folder / name)
@@ -240,7 +244,10 @@ def _size(folder: Path, reference: _Reference) -> int:
                 f"`{path}` cannot be found: {error.strerror}; tensor `{reference.tensor}` lies there"
             ) from None
         if stat.S_ISLNK(status.st_mode):
-            raise ArtifactError(f"`{path}` is a symbolic link; external data must lie in the folder itself")
+            raise ArtifactError(
+                f"`{path}` is a symbolic link; external data must lie in the folder itself",
+                f"cp -rL {folder} COPY",
+            )
     if not stat.S_ISREG(status.st_mode):
         raise ArtifactError(f"`{path}` is not a regular file; tensor `{reference.tensor}` lies there")
     if status.st_nlink > 1:

@@ -1,7 +1,7 @@
 """The command line: parse, call one stage, print. No logic; nothing heavy is imported before it is needed.
 
-`app` holds what the commands share; `build` has those that make something, `measure` those that judge, `look`
-the rest.
+`app` holds what the commands share; `build` has those that make something, `measure` and `reports`
+those that judge, `look` the rest.
 """
 
 import os
@@ -14,12 +14,12 @@ from typing import Annotated
 import typer
 
 from edgesft import __version__
-from edgesft.cli import build, look, measure
+from edgesft.cli import build, look, measure, reports
 from edgesft.cli.app import app
 from edgesft.core import console
 from edgesft.core.errors import EdgeSFTError
 
-__all__ = ["app", "build", "look", "main", "measure"]
+__all__ = ["app", "build", "look", "main", "measure", "reports"]
 
 
 def _version(wanted: bool) -> None:

@@ -40,6 +40,26 @@ Either = Annotated[
         metavar="MODEL_OR_EXPORTED", help="A model, or a folder written by `export`.", show_default=False
     ),
 ]
+Subject = Annotated[
+    str,
+    typer.Argument(
+        metavar="ARTEFACT",
+        help="Folder written by `export`, a model, or any .onnx file.",
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Where to run: ssh://[user@]host[:port], or a fleet's .toml file.", show_default="this machine"
+    ),
+]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="INPUT=N,N,...", help="Shape of a foreign graph's input: x=1,3,224,224.", show_default=False
+    ),
+]
 Out = Annotated[
     Path, typer.Option("--out", "-o", help="Folder to write; whole or not at all.", show_default=False)
 ]
@@ -139,3 +159,21 @@ def write(
         console.say(f"wrote `{out}`" if ran else f"up to date: `{out}`")
         (show or console.facts)(made.metrics)
     return made
+
+
+def numbers(text: str | None, option: str, kind: type[int] | type[float] = int) -> tuple[float, ...] | None:
+    """`1,2,4` as numbers; `0` is none at all. Raises UsageError."""
+    if text is None:
+        return None
+    try:
+        found = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"`{option} {text}` is not a list of numbers such as `1,2,4`") from None
+    return () if found == (0,) else found
+
+
+def sizes(items: list[str] | None) -> dict[str, tuple[float, ...]] | None:
+    """`--shape x=1,3,224,224`, repeated. Raises UsageError."""
+    if items is None:
+        return None
+    return {name: numbers(text, f"--shape {name}=") or () for name, text in pairs(items, "--shape").items()}

@@ -1,15 +1,17 @@
 """Commands that only look: methods, recipes, devices, inspect, doctor, docs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from edgesft.cli.app import Json, app
 from edgesft.core import console
 
+devices_app = typer.Typer(help="This machine, and the devices that EdgeSFT knows.", rich_markup_mode=None)
 methods_app = typer.Typer(help="List the methods of every axis, or show one.", rich_markup_mode=None)
 recipes_app = typer.Typer(help="List the recipes, or show one.", rich_markup_mode=None)
+app.add_typer(devices_app, name="devices", rich_help_panel="Look")
 app.add_typer(methods_app, name="methods", rich_help_panel="Look")
 app.add_typer(recipes_app, name="recipes", rich_help_panel="Look")
 
@@ -91,21 +93,62 @@ def recipes_show(
         console.data(recipes.text(name))
 
 
-@app.command(rich_help_panel="Look")
-def devices(json: Json = False) -> None:
+@devices_app.callback(invoke_without_command=True)
+def devices(context: typer.Context, json: Json = False) -> None:
     """This machine, and the devices that EdgeSFT knows.
 
-    Example: edgesft devices --json
+    Example: edgesft devices show orin-nano --for out/exported
     """
+    if context.invoked_subcommand is not None:
+        return
     from edgesft.core import catalog
 
-    host = catalog.runtime("devices.host")
-    record = host.overview()
+    record = catalog.runtime("devices.host").overview()
     if json:
         console.data_json(record)
     else:
         console.facts(record["host"])
         console.table(record["columns"], record["rows"])
+
+
+@devices_app.command("show")
+def devices_show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As `edgesft devices` lists it, or `host`.")],
+    subject: Annotated[
+        str | None,
+        typer.Option("--for", metavar="ARTEFACT", help="Predict its speed there, and whether it fits."),
+    ] = None,
+    mode: Annotated[str | None, typer.Option(help="Power mode; the fastest if none is named.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of context that must fit; by default the prompt's.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Every figure of one device, with its source; `--for` predicts from them.
+
+    Example: edgesft devices show orin-nano --for out/exported
+    """
+    from edgesft.core import catalog
+
+    record = catalog.runtime("devices.host").show(name)
+    found: dict[str, Any] | None = None
+    if subject is not None:
+        from edgesft.core import subject as subjects
+        from edgesft.stages import predict
+
+        found = predict.predict(
+            subjects.resolve(subject), name, mode=mode, prompt_tokens=prompt_tokens, context=context
+        )
+    if json:
+        console.data_json(record | ({"prediction": found} if found else {}))
+        return
+    console.facts({k: record[k] for k in ("name", "kind", "remarks", "peak_tops") if record.get(k)})
+    console.table(record["columns"], record["rows"], left=True)
+    if found is not None:
+        console.facts(predict.facts(found))
+        for columns, rows in predict.tables(found):
+            console.table(columns, rows)
 
 
 @app.command(rich_help_panel="Look")
@@ -151,10 +194,15 @@ def doctor(json: Json = False) -> None:
 
 
 @app.command(rich_help_panel="Look")
-def docs(out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the pages.")]) -> None:
-    """Write a page for every method, from the method itself.
+def docs(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the pages.", show_default=False)],
+    schemas: Annotated[
+        Path | None, typer.Option(help="Folder of the JSON Schemas of every record.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a page for every method, from the method itself; and the schemas of what is measured.
 
-    Example: edgesft docs -o docs/methods
+    Example: edgesft docs -o docs/methods --schemas docs/schemas
     """
     from edgesft.core import catalog
 
@@ -163,3 +211,8 @@ def docs(out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the pa
         page = out / f"{entry.axis}-{entry.name}.md"
         page.write_text(catalog.page(entry.axis, entry.name), encoding="utf-8")
     console.say(f"wrote `{out}`")
+    if schemas is not None:
+        from edgesft.core import records
+
+        records.write_schemas(schemas)
+        console.say(f"wrote `{schemas}`")

@@ -73,29 +73,36 @@ class TorchRunnable:
             picked = states.reshape(-1, states.shape[-1])[torch.from_numpy(np.asarray(positions, np.int64))]
             return _numpy(picked if self._head is None else self._head(picked))
 
-    def start(self, capacity: int) -> "Decoding":
-        """A fresh decoding state with room for `capacity` tokens. Raises UsageError beyond the context."""
+    def start(self, capacity: int, batch: int = 1) -> "Decoding":
+        """A fresh decoding state with room for `capacity` tokens. Raises UsageError beyond the context.
+
+        batch: sequences that are decoded together. From 2 on a prompt is (B, S), all rows of one length, a
+        step takes tokens (B,), and both give logits (B, vocabulary).
+        """
         if self.kind != "decoder":
             raise UsageError(f"`{self.path}` is an encoder, only a decoder generates text")
         if self.context and capacity > self.context:
             raise UsageError(f"{capacity} tokens are more than the model's context of {self.context}")
-        return _Decoding(self, capacity)
+        return _Decoding(self, capacity, batch)
 
 
 class _Decoding:
-    """One sequence with the KV cache of transformers."""
+    """One sequence, or a batch of them, with the KV cache of transformers."""
 
-    def __init__(self, model: TorchRunnable, capacity: int) -> None:
+    def __init__(self, model: TorchRunnable, capacity: int, batch: int = 1) -> None:
         from transformers import DynamicCache
 
-        self._model, self._capacity, self._length = model, capacity, 0
+        self._model, self._capacity, self._length, self._batch = model, capacity, 0, batch
         self._cache = DynamicCache(config=model.config)
 
     def prefill(self, input_ids: IntArray) -> FloatArray:
-        """Feed a prompt (S,), or more of it; logits (vocabulary,) after its last token."""
+        """Feed a prompt (S,), in a batch (B, S), or more of it; logits (vocabulary,) after its last token, in
+        a batch (B, vocabulary)."""
         import torch
 
         ids = np.array(input_ids, np.int64, ndmin=2)
+        if len(ids) != self._batch:
+            raise UsageError(f"{len(ids)} prompts were given to a batch of {self._batch}")
         self._model.check(ids, self._length + ids.shape[1])
         if self._length + ids.shape[1] > self._capacity:
             total = self._length + ids.shape[1]
@@ -105,12 +112,12 @@ class _Decoding:
             made = self._model._backbone(
                 input_ids=torch.from_numpy(ids), past_key_values=self._cache, use_cache=True
             )
-            logits: FloatArray = _numpy(self._model._head(made.last_hidden_state[:, -1]))[0]
-            return logits
+            logits: FloatArray = _numpy(self._model._head(made.last_hidden_state[:, -1]))
+            return logits if self._batch > 1 else logits[0]
 
-    def step(self, token: int) -> FloatArray:
-        """Feed one token; logits (vocabulary,) after it."""
-        return self.prefill(np.array([token]))
+    def step(self, token: "int | IntArray") -> FloatArray:
+        """Feed one token, in a batch (B,); logits (vocabulary,), in a batch (B, vocabulary), after it."""
+        return self.prefill(np.asarray(token).reshape(self._batch, 1))
 
 
 def _numpy(tensor: Any) -> FloatArray:  # noqa: ANN401

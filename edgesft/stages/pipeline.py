@@ -22,7 +22,17 @@ from edgesft.core.stage import Stage, execute, request
 from edgesft.stages import report
 
 RUN = "run.json"
-LIGHT = {"prompts": 16, "decode_tokens": 6, "processes": 1, "prefill_seconds": 0.0}  # of torch rows
+LIGHT = {  # of torch rows
+    "prompts": 16,
+    "decode_tokens": 6,
+    "processes": 1,
+    "prefill_seconds": 0.0,
+    "contexts": (),
+    "idle_seconds": (),
+    "operators": False,
+    "roofline": False,
+    "energy": False,
+}
 SUMMARY = "summary.json"
 REPORT = "report.html"
 

@@ -1,15 +1,16 @@
-"""profile: exported artefact -> latency, throughput, memory and load time on this device.
+"""profile: an artefact -> latency, throughput, memory, loads, operators and limits on this device.
 
 Measured in fresh processes, with prompts that never repeat. Times are wall time of the monotonic clock: time
 to first token from the prompt to its first token, time per token from one token to the next. Percentiles that
-the samples do not support are refused, with the number that would do.
+the samples do not support are refused, with the number that would do. What is beside the core timing comes
+from further processes, and is a note where it cannot be had.
 """
 
 import json
 import math
 import statistics as plain
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -17,14 +18,19 @@ from pydantic import Field
 
 from edgesft.core import artifact, catalog, console
 from edgesft.core.artifact import Artifact, Workdir
-from edgesft.core.errors import ArtifactError, DeviceError, UsageError
+from edgesft.core.errors import ArtifactError, UsageError
 from edgesft.core.params import Count, Length, Seed, validate
+from edgesft.stages import ceiling, sections, summary, trace
+from edgesft.stages.overview import brief, tables
+from edgesft.stages.sections import Bench
 
-SCHEMA = 1
+__all__ = ["Profile", "about", "brief", "device", "load", "problems", "resolve", "subject", "tables"]
+
+SCHEMA = 2
 FILE = "profile.json"
-WANTED = (50, 90, 99)
-BUSY = 0.8  # share of the time with a core below which a profile says so
+TRACE = "trace.json"
 Threads = Annotated[int, Field(ge=0, le=1024, description="threads of the runtime; 0: physical cores")]
+Positive = Annotated[int, Field(ge=1, le=65_536)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +39,10 @@ class Profile:
 
     prompts: how many a process, each followed by decode_tokens steps. prefill_seconds: time at most for
     further prompts without decoding (calls, of an encoder), so that p90 or p99 of them has its samples too.
-    timeout: seconds after which a process counts as hung.
+    contexts: lengths of prompt to look at besides, those beyond the model's context left out. batches,
+    thread_counts: sweeps. idle_seconds: pauses after which the first prompt is timed. operators: times of
+    the runtime's operators. roofline: limits of this device. energy: read its power counters. html: write
+    report.html. shapes: of inputs, for foreign graphs. timeout: seconds after which a process counts as hung.
     """
 
     name: ClassVar[str] = "profile"
@@ -44,6 +53,15 @@ class Profile:
     prompts: Count = 15
     processes: Annotated[int, Field(ge=1, le=1000)] = 2
     prefill_seconds: Annotated[float, Field(ge=0)] = 6.0
+    contexts: tuple[Length, ...] = (32, 128, 512)
+    batches: tuple[Positive, ...] = ()
+    thread_counts: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = ()
+    idle_seconds: tuple[Annotated[float, Field(ge=0, le=3600)], ...] = (2.0,)
+    operators: bool = True
+    roofline: bool = True
+    energy: bool = True
+    html: bool = False
+    shapes: dict[str, tuple[Annotated[int, Field(ge=0)], ...]] = field(default_factory=dict)
     threads: Threads = 0
     seed: Seed = 0
     timeout: Annotated[float, Field(gt=0)] = 600.0
@@ -55,7 +73,8 @@ class Profile:
 
     def params(self) -> dict[str, Any]:
         """Everything that decides the result; a profile of another device is another profile."""
-        return {**self._workload(), **self._count(), "device": device(self.threads)["refuse"]}
+        values = {**self._workload(), **self._count(), **self._sections()}
+        return {**values, "device": device(self.threads)["refuse"]}
 
     def _workload(self) -> dict[str, int]:
         return {
@@ -67,56 +86,78 @@ class Profile:
     def _count(self) -> dict[str, float]:
         return {"processes": self.processes, "prefill_seconds": self.prefill_seconds, "seed": self.seed}
 
+    def _sections(self) -> dict[str, Any]:
+        lists = ("contexts", "batches", "thread_counts", "idle_seconds")
+        switches = ("operators", "roofline", "energy", "html")
+        return {
+            **{name: list(getattr(self, name)) for name in lists},
+            **{name: getattr(self, name) for name in switches},
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+        }
+
     def problems(self, inputs: Mapping[str, Artifact]) -> list[str]:
         """Reasons why it cannot run."""
-        return problems(subject(inputs), self.prompt_tokens + self.decode_tokens)
+        model = subject(inputs)
+        if self.shapes and model.kind != "graph":
+            raise UsageError(f"shapes are for foreign graphs, `{model.ref}` is of kind `{model.kind}`")
+        return problems(model, self.prompt_tokens + self.decode_tokens)
 
     def run(self, inputs: Mapping[str, Artifact], work: Workdir) -> dict[str, Any]:
-        """Measure; write profile.json. Metrics are the profile without its raw samples."""
+        """Measure; write profile.json and trace.json. Metrics are the profile without its raw samples."""
         model = subject(inputs)
         fingerprint = device(self.threads)
-        cold, measured = self._measure(model, fingerprint["refuse"]["threads"], work)
-        summary, steady = summarise(measured)
+        bench = Bench(model, fingerprint["refuse"]["threads"], self.seed, self.timeout, work, self.shapes)
+        cold, measured, meters = self._measure(bench)
+        core, samples = summary.summarise(measured)
+        bench.notes = core.pop("notes")
+        parts, calls = self._parts(bench, core, samples, measured)
+        if meters:
+            parts |= summary.power(meters, core["tokens_per_second"])
+            reasons = parts["throttled"]["reasons"]
+            bench.notes += [f"the machine was held back: {', '.join(reasons)}"] if reasons else []
+        idle = parts.pop("idle_resume")
         profile: dict[str, Any] = {
             "schema": SCHEMA,
-            **summary,
-            "load_ms": _loads(cold, measured),
+            **core,
+            "load_ms": {**summary.loads(cold, measured), "idle_resume": idle},
             **{k: v for k, v in about(model).items() if k in ("quantize", "pattern", "density")},
             "artifact_bytes": model.bytes,
-            "threads": fingerprint["refuse"]["threads"],
+            "threads": bench.threads,
             "workload": {**self._workload(), "processes": self.processes, "seed": self.seed},
+            **parts,
+            "notes": bench.notes,
             "fingerprint": fingerprint,
-            "samples": {**steady, "processes": [_raw(m) for m in measured]},
+            "samples": {**samples, "processes": [summary.raw(m) for m in measured]},
         }
-        for note in profile["notes"]:
+        for note in bench.notes:
             console.warn(note)
         artifact.write_json(work.path / FILE, profile)
+        named = [("cold load", cold), *((f"process {i}", m) for i, m in enumerate(measured, start=1))]
+        text = json.dumps(trace.timeline(named, calls), separators=(",", ":"))
+        artifact.write_bytes(work.path / TRACE, text.encode())
+        if self.html:
+            _write_html(profile, model, work)
         return {k: v for k, v in profile.items() if k != "samples"}
 
-    def _measure(
-        self, model: Artifact, threads: int, work: Workdir
-    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The cold load and every process, each kept in the checkpoint as soon as it is done."""
-        client = catalog.runtime("devices.client")
+    def _measure(self, bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+        """The cold load, every timed process, and what the meter read around each of these."""
         measured: list[dict[str, Any]] = []
+        meters: list[dict[str, Any]] = []
         with console.progress("profile", self.processes + 1) as bar:
             for index in range(self.processes + 1):
-                kept = work.checkpoint / f"process-{index}.json"
-                if not kept.exists():
-                    load_only = index == 0
-                    workload = {
-                        "prompt_tokens": self.prompt_tokens,
-                        "decode_tokens": self.decode_tokens,
-                        "repetitions": 0 if load_only else self.prompts,
-                        "prefills": self._prefills(index, measured),
-                    }
-                    asked = client.request(
-                        model, threads=threads, workload=workload, seed=[self.seed, index], cold=load_only
-                    )
-                    artifact.write_json(kept, client.measure(asked, self.timeout))
-                measured.append(json.loads(kept.read_text(encoding="utf-8")))
+                workload = {
+                    "prompt_tokens": self.prompt_tokens,
+                    "decode_tokens": self.decode_tokens,
+                    "repetitions": self.prompts if index else 0,
+                    "prefills": self._prefills(index, measured),
+                }
+                found, meter = bench.metered(
+                    f"process-{index}", index, workload, energy=self.energy and index > 0, cold=index == 0
+                )
+                measured.append(found)
+                meters += [] if meter is None else [meter]
                 bar.advance()
-        return measured[0], measured[1:]
+        return measured[0], measured[1:], meters
 
     def _prefills(self, index: int, measured: list[dict[str, Any]]) -> int:
         """Prompts without decoding that this process adds, in view of what the first one cost."""
@@ -135,15 +176,64 @@ class Profile:
                 return wanted
         return 0  # too few for a percentile are worth no time
 
+    def _parts(
+        self,
+        bench: Bench,
+        core: Mapping[str, Any],
+        samples: Mapping[str, list[float]],
+        measured: list[dict[str, Any]],
+    ) -> tuple[dict[str, Any], list[Any]]:
+        """Everything beside the core timing; and the calls whose operators the trace shows."""
+        decoder = summary.decodes(measured)
+        steady = summary.centre(samples)
+        step_ms = steady["step" if decoder else "first"]
+        tables = ("ttft_ms", "tpot_ms", "itl_ms", "request_tpot_ms") if decoder else ("latency_ms",)
+        known = {self.prompt_tokens: {name: core[name] for name in tables}}
+        paused = sections.idle(bench, self.prompt_tokens, self.idle_seconds) if self.idle_seconds else []
+        found: dict[str, Any] = {
+            "idle_resume": summary.resumed(paused, steady),
+            "contexts": sections.contexts(bench, self._fitting(bench), known),
+            "batches": sections.batches(bench, self.prompt_tokens, self.batches),
+            "threads_sweep": sections.thread_counts(bench, self.prompt_tokens, self.thread_counts),
+            "operators": None,
+            "roofline": None,
+        }
+        traced = None
+        if self.operators:
+            traced = sections.operators(bench, self.prompt_tokens, self.decode_tokens)
+        limits = None
+        if self.roofline:
+            limits = bench.attempt(
+                "roofline", lambda: ceiling.limits(bench.model, bench.threads, bench.notes)
+            )
+        if limits is not None:
+            tokens = 1 if decoder else None if core["kind"] == "graph" else self.prompt_tokens
+            cached = self.prompt_tokens + (self.decode_tokens + 1) / 2 if decoder else None
+            found["roofline"] = sections.roofline(bench, limits, step_ms, tokens, cached, traced)
+        if traced is not None:
+            found["operators"] = sections.rated(traced, limits, step_ms, bench.notes)
+        return found, [] if traced is None else traced.calls
+
+    def _fitting(self, bench: Bench) -> tuple[int, ...]:
+        """The contexts that the model takes. A foreign graph's inputs have the sizes that they have."""
+        if bench.model.kind == "graph":
+            return ()
+        limit = context(bench.model)
+        fitting = tuple(c for c in self.contexts if limit is None or c + sections.STEPS <= limit)
+        left = sorted(set(self.contexts) - set(fitting))
+        if left and self.contexts != Profile.contexts:
+            bench.notes.append(f"no context of {left[0]} and more: the model takes {limit} tokens at most")
+        return fitting
+
 
 def resolve(ref: str | Path) -> Artifact:
-    """What `edgesft profile` and `edgesft gate` take: an exported folder, or anything that is a model.
+    """What `edgesft profile` takes: an exported folder, a model, a foreign `.onnx` file, an engine.
 
     Raises ArtifactError for what is missing, broken or of another kind.
     """
-    from edgesft.core import models
+    from edgesft.core import subject
 
-    return models.resolve(str(ref), "onnx", "model")
+    return subject.resolve(ref)
 
 
 def load(made: Artifact) -> dict[str, Any]:
@@ -153,29 +243,6 @@ def load(made: Artifact) -> dict[str, Any]:
     if found is None or found.get("schema") != SCHEMA:
         raise ArtifactError(f"`{file}` is not a profile of schema {SCHEMA}")
     return found
-
-
-def brief(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What a person reads first: percentiles with the bound above each, rates, memory, loads."""
-    found: dict[str, Any] = {}
-    for name in ("ttft_ms", "tpot_ms", "latency_ms"):
-        table = metrics.get(name)
-        if table is None or not table.get("samples"):
-            continue
-        for p in (f"p{w}" for w in WANTED):
-            value, high = table[p], table["high"][p]
-            known = value is not None and high is not None
-            found[f"{name} {p}"] = f"{value:.3g} (at most {high:.3g})" if known else table["reasons"][p]
-    if metrics.get("tokens_per_second") is not None:
-        found["tokens_per_second"] = metrics["tokens_per_second"]
-    return found | {
-        "load_ms cold": metrics["load_ms"]["cold"],
-        "load_ms warm": metrics["load_ms"]["warm"],
-        "peak memory MB": metrics["peak_memory_bytes"] / 1e6,
-        "artefact MB": metrics["artifact_bytes"] / 1e6,
-        "threads": metrics["threads"],
-        "steady state": metrics["warmup"]["steady"],
-    }
 
 
 def subject(inputs: Mapping[str, Artifact]) -> Artifact:
@@ -196,141 +263,32 @@ def about(model: Artifact) -> dict[str, Any]:
     return found
 
 
+def context(model: Artifact) -> int | None:
+    """Tokens that a model takes at most; None where its folder does not say. Raises ArtifactError."""
+    for name, key in (("export.json", "context"), ("config.json", "max_position_embeddings")):
+        found = artifact.read_json(model.path / name)
+        if found is not None:
+            limit = found.get(key)
+            return limit if isinstance(limit, int) and limit > 0 else None
+    return None
+
+
 def problems(model: Artifact, tokens: int) -> list[str]:
     """Reasons why `model` cannot be run. Raises UsageError if `tokens` tokens are more than it can take."""
-    found = []
     client = catalog.runtime("devices.client")
     if model.kind not in client.RUNTIMES:
-        found.append(f"`{model.ref}` is of kind `{model.kind}`, expected an exported folder or a model")
-    for name, key in (("export.json", "context"), ("config.json", "max_position_embeddings")):
-        file = model.path / name
-        if not file.is_file():
-            continue
-        try:
-            limit = json.loads(file.read_text(encoding="utf-8")).get(key)
-        except (ValueError, OSError, AttributeError) as error:
-            return [*found, f"`{file}` is not readable: {error}"]
-        if isinstance(limit, int) and tokens > limit:
-            raise UsageError(f"{tokens} tokens asked for, `{model.ref}` takes {limit} at most")
-        break
-    return found
+        return [f"`{model.ref}` is of kind `{model.kind}`, expected an exported folder or a model"]
+    try:
+        limit = context(model)
+    except ArtifactError as error:
+        return [error.message]
+    if limit is not None and tokens > limit:
+        raise UsageError(f"{tokens} tokens asked for, `{model.ref}` takes {limit} at most")
+    return []
 
 
-def summarise(measured: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Percentiles, rates and memory of several processes of one workload; and the samples behind them."""
-    from edgesft.core import statistics
+def _write_html(profile: Mapping[str, Any], model: Artifact, work: Workdir) -> None:
+    from edgesft.stages import reporting
 
-    kind = measured[0]["loaded"]["kind"]
-    decoder = kind == "decoder"
-    notes: list[str] = []
-    found: dict[str, Any] = {"kind": kind, "ttft_ms": _refused(), "tpot_ms": _refused()}
-    samples: dict[str, list[float]] = {"ttft_ms": [], "tpot_ms": []}
-    cuts = {}
-    for metric in ("ttft", "tpot") if decoder else ("latency",):
-        pooled, cuts[metric] = _pool(measured, metric)
-        found[f"{metric}_ms"] = statistics.percentiles(pooled, WANTED)
-        samples[f"{metric}_ms"] = [round(t, 4) for t in pooled]
-    if decoder:
-        found["tokens_per_second"], found["end_to_end"] = _rates(measured, cuts["tpot"], notes)
-    else:
-        median = found["latency_ms"]["p50"]
-        found["calls_per_second"] = None if median is None else 1000 / median
-        found["tokens_per_second"] = None
-    steady = all(c["steady"] for c in cuts["tpot" if decoder else "latency"])
-    if not steady:
-        notes.append("no steady state: latencies still changed at the end of the warm-up cut")
-    memory = [m["done"] for m in measured]
-    return {
-        **found,
-        "peak_memory_bytes": max(m["peak_bytes"] for m in memory),
-        "memory": {
-            "peak_bytes": [m["peak_bytes"] for m in memory],
-            "peak_above_bytes": [m["peak_above_bytes"] for m in memory],
-        },
-        "warmup": {"steady": steady, **cuts},
-        "notes": notes,
-    }, samples
-
-
-def _pool(measured: list[dict[str, Any]], metric: str) -> tuple[list[float], list[dict[str, Any]]]:
-    """Samples of all processes in milliseconds after the warm-up cut of each, and the cuts."""
-    timings = catalog.runtime("devices.client").timings
-    pooled: list[float] = []
-    cuts = []
-    for each in measured:
-        samples, warm = timings(each["repetitions"], metric)
-        pooled += samples[warm.cut :]
-        cuts.append({"cut": warm.cut, "samples": len(samples), "steady": warm.steady})
-    return pooled, cuts
-
-
-def _refused() -> dict[str, Any]:
-    from edgesft.core import statistics
-
-    return statistics.refused("an encoder generates no tokens", WANTED)
-
-
-def _rates(
-    measured: list[dict[str, Any]], cuts: list[dict[str, Any]], notes: list[str]
-) -> tuple[float, dict[str, Any]]:
-    """Decode rate after the warm-up, and the rate over the whole of every prompt beside it.
-
-    Tokens are counted by id. A rate made of parts that do not add up to the wall time is noted.
-    """
-    steady: list[float] = []
-    parts = seconds = 0.0
-    tokens = 0
-    for each, cut in zip(measured, cuts, strict=True):
-        decoded = [r for r in each["repetitions"] if r["step_ns"]]
-        steps = [t / 1e9 for r in decoded for t in r["step_ns"]]
-        steady += steps[cut["cut"] :]
-        parts += sum(steps) + sum(r["ttft_ns"] for r in decoded) / 1e9
-        seconds += sum(r["wall_ns"] for r in decoded) / 1e9
-        tokens += sum(len(r["step_ns"]) + 1 for r in decoded)
-    if not steady:
-        raise DeviceError("nothing was measured: no decode step was made")
-    if seconds > 1.05 * parts:
-        notes.append(f"prompts and decode steps add up to {parts:.3f} s of {seconds:.3f} s on the clock")
-    ran = sum(t for m in measured for r in m["repetitions"] for t in r["step_cpu_ns"]) / 1e9
-    took = sum(t for m in measured for r in m["repetitions"] for t in r["step_ns"]) / 1e9
-    if ran < BUSY * took:
-        notes.append(
-            f"the machine is busy: the decoding thread had a core for {100 * ran / took:.0f} % of the time"
-        )
-    return len(steady) / sum(steady), {
-        "tokens_per_second": tokens / seconds,
-        "tokens": tokens,
-        "seconds": seconds,
-    }
-
-
-def _loads(cold: dict[str, Any], measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """Load times in ms. The cold one counts only if the page cache really let go of the files."""
-    evicted = cold["loaded"]["evicted"]
-    loads = [m["loaded"]["load_ns"] / 1e6 for m in measured]
-    found: dict[str, Any] = {
-        "cold": cold["loaded"]["load_ns"] / 1e6,
-        "warm": plain.median(loads),
-        "evicted": evicted,
-    }
-    if evicted < 0.9:
-        found["cold"] = None
-        found["reason"] = f"only {100 * evicted:.0f} % of the files could be dropped from the page cache"
-    return found
-
-
-def _raw(measured: dict[str, Any]) -> dict[str, Any]:
-    """One process's samples in milliseconds, to a tenth of a microsecond."""
-
-    def ms(value: int | list[int]) -> Any:  # noqa: ANN401 - a number for a number, a list for a list
-        return [round(v / 1e6, 4) for v in value] if isinstance(value, list) else round(value / 1e6, 4)
-
-    return {
-        "load_ms": ms(measured["loaded"]["load_ns"]),
-        "peak_bytes": measured["done"]["peak_bytes"],
-        "wall_s": measured["wall_s"],
-        "repetitions": [
-            {k.replace("_ns", "_ms"): ms(v) for k, v in r.items() if k.endswith("_ns")}
-            for r in measured["repetitions"]
-        ],
-    }
+    run = reporting.Run(Path(model.ref).name or model.ref, "profile", profile, work.path)
+    reporting.render([run], ("html",), work.path)

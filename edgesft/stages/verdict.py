@@ -9,9 +9,9 @@ from typing import Any
 from edgesft.core import artifact
 from edgesft.core.errors import ArtifactError, EdgeSFTError
 
-SCHEMA = 1
+SCHEMA = 2
 REPORT = "verdict.json"
-SECONDARY = 0.02
+SECONDARY = 0.02  # more of a quantity without noise than this is a difference
 
 
 class GateVerdict(EdgeSFTError):
@@ -23,7 +23,7 @@ class GateVerdict(EdgeSFTError):
 
 
 class Regression(GateVerdict):
-    """Head is slower than allowed."""
+    """Head is slower than allowed, or larger, or beyond a budget."""
 
     exit_code = 10
 
@@ -41,7 +41,7 @@ class NotComparable(GateVerdict):
 
 
 class NothingMeasured(GateVerdict):
-    """No pair could be measured."""
+    """No pair could be measured, or what was asked for cannot be measured here."""
 
     exit_code = 13
 
@@ -52,11 +52,25 @@ class DeviceLost(GateVerdict):
     exit_code = 14
 
 
-def exact(metric: str, values: Mapping[str, float], blocking: bool) -> dict[str, Any]:
-    """Line of the report for a quantity without noise: more than 2 % more of it is a difference."""
+def exact(metric: str, values: Mapping[str, float], blocking: bool, pairs: int | None) -> dict[str, Any]:
+    """Line of the report for a quantity without noise: more than 2 % more of it is a difference.
+
+    values: bytes of `base` and `head`. pairs: how many they are the medians of, None for none.
+    """
     ratio = values["head"] / values["base"] if values["base"] else math.inf
     verdict = "fail" if ratio > 1 + SECONDARY else "pass"
-    return {"metric": metric, "verdict": verdict, "blocking": blocking, "ratio": ratio, **values}
+    counted = {} if pairs is None else {"pairs": pairs}
+    note = {} if blocking else {"note": "reported only"}
+    return {
+        "metric": metric,
+        "verdict": verdict,
+        "blocking": blocking,
+        "margin": SECONDARY,
+        "ratio": ratio,
+        **counted,
+        **values,
+        **note,
+    }
 
 
 def read_pairs(file: Path) -> list[dict[str, Any]]:
@@ -87,13 +101,95 @@ def load_report(file: Path) -> dict[str, Any]:
 
 def describe(report: Mapping[str, Any]) -> str:
     """The report in one line."""
+    verdict = report["verdict"]
+    if "error" in report:
+        return f"{verdict}: {report['error']}"
+    budgets = report["budgets"]
+    if report["decided_by"] == "budget":
+        open_or_broken = [b for b in budgets if b["verdict"] != "pass"]
+        if open_or_broken:
+            return f"{verdict}: {_budget(open_or_broken[0])}"
+        return f"{verdict}: {_all_kept(budgets)} ({report['pairs']} processes)"
     if report["ratio"] is None:
-        return f"{report['verdict']}: {report.get('error', 'nothing was measured')}"
-    low, high = ("?" if x is None else f"{x:.3f}" for x in report["interval"])
-    return (
-        f"{report['verdict']}: {report['metric']} of head is {report['ratio']:.3f} times that of base "
-        f"(between {low} and {high}, {report['pairs']} pairs, {report['decided_by']} time)"
-    )
+        return f"{verdict}: nothing was measured"
+    text = f"{verdict}: {report['metric']} of head is {report['ratio']:.3f} times that of base"
+    if report["decided_by"] != "exact":
+        low, high = _ends(report["interval"])
+        text += f" (between {low} and {high}, {report['pairs']} pairs, {report['decided_by']} time)"
+    return text + (f"; {_all_kept(budgets)}" if budgets and verdict == "pass" else "")
+
+
+def _all_kept(budgets: list[dict[str, Any]]) -> str:
+    return "the budget is kept" if len(budgets) == 1 else f"all {len(budgets)} budgets are kept"
+
+
+def _ends(interval: list[float | None] | None) -> tuple[str, str]:
+    low, high = ("?" if x is None else f"{x:.3f}" for x in interval or [None, None])
+    return low, high
+
+
+def _budget(entry: Mapping[str, Any]) -> str:
+    """One budget in words."""
+    unit = entry["unit"]
+    if entry["value"] is None:
+        return f"budget {entry['name']} of {entry['limit']:g} {unit}: {entry['reason']}"
+    low, high = ("?" if entry[k] is None else f"{entry[k]:.4g}" for k in ("low", "high"))
+    text = f"budget {entry['name']}: {entry['value']:.4g} {unit}"
+    if entry["low"] != entry["high"]:
+        text += f", between {low} and {high}"
+    asked = f"at least {entry['limit']:g}" if entry.get("least") else f"at most {entry['limit']:g}"
+    return f"{text}, asked for {asked}" + (f"; {entry['reason']}" if entry.get("reason") else "")
+
+
+def lines(report: Mapping[str, Any]) -> list[str]:
+    """The report for a person: what was decided, by what, how sure, and a line for everything looked at."""
+    found = [describe(report)]
+    if report["pairs"] and report["noise"] is not None:
+        found.append(
+            f"{report['pairs']} pairs, {report['estimator']} of each process by {_clock(report['clock'])};"
+            f" noise {100 * report['noise']:.1f} %, smallest effect seen {100 * report['detectable']:.1f} %"
+        )
+    if report["base"] is not None and report["pairs"]:
+        found.append(_calibration(report))
+    found += [_metric(entry) for entry in report["metrics"]]
+    found += [f"  {entry['verdict']:12} {_budget(entry)}" for entry in report["budgets"]]
+    if report["discarded"]:
+        what = "pair was" if len(report["discarded"]) == 1 else "pairs were"
+        found.append(f"{len(report['discarded'])} {what} measured again: {report['discarded'][0]['why']}")
+    if report["drill_slowdown"]:
+        found.append(f"a drill: head was slowed by {report['drill_slowdown']:g} %")
+    if any(e.get("faster") for e in report["metrics"]):
+        faster = dict.fromkeys(e["metric"] for e in report["metrics"] if e.get("faster"))
+        found.append(f"head is faster: {', '.join(faster)}")
+    return found
+
+
+def _clock(name: str | None) -> str:
+    clocks = {"both": "wall and processor time", "cpu": "processor time", "wall": "wall time"}
+    return clocks.get(name or "", str(name))
+
+
+def _calibration(report: Mapping[str, Any]) -> str:
+    used = report["calibration"]
+    if used is None:
+        return "not calibrated: its error rates on this machine are assumed"
+    return f"calibrated on {used['made_at'][:10]}, valid until {used['expires_at'][:10]}"
+
+
+def _metric(entry: Mapping[str, Any]) -> str:
+    """One metric in a line of the summary."""
+    clock = f" ({entry['clock']})" if "clock" in entry else ""
+    text = f"  {entry['verdict']:12} {entry['metric'] + clock:18}"
+    if entry["ratio"] is None:
+        return text + " not measured"
+    text += f" {entry['ratio']:.3f}"
+    if "clock" in entry:
+        low, high = _ends(entry["interval"])
+        text += f" [{low}, {high}]  {entry['base_ms']:.4g} -> {entry['head_ms']:.4g} ms"
+    else:
+        text += f"  {entry['base'] / 1e6:.4g} -> {entry['head'] / 1e6:.4g} MB"
+    text += f", margin {100 * entry['margin']:g} %"
+    return text + (f" ({entry['note']})" if entry.get("note") else "")
 
 
 def judge(report: Mapping[str, Any], inconclusive: str | None = None) -> None:
@@ -106,20 +202,28 @@ def judge(report: Mapping[str, Any], inconclusive: str | None = None) -> None:
     if verdict == "pass" or (verdict == "inconclusive" and policy == "pass"):
         return
     if verdict == "fail":
-        extra = [
-            e["metric"]
-            for e in report["metrics"]
-            if "clock" not in e and e["blocking"] and e["verdict"] == "fail"
-        ]
-        raise Regression(text + (f"; more {' and '.join(extra)} than allowed" if extra else ""), whole)
+        raise Regression(text + _others(report), whole)
     if verdict == "inconclusive":
-        kind = Regression if policy == "fail" else Inconclusive
-        predicted = report["pairs_predicted"]
-        hint = f"about {predicted} pairs are needed at this noise: raise `--max-pairs`, or quiet the machine"
-        raise kind(text, whole, hint)
+        raise (Regression if policy == "fail" else Inconclusive)(text, whole, _more(report))
     rest: dict[str, type[GateVerdict]] = {
         "not_comparable": NotComparable,
         "nothing_measured": NothingMeasured,
         "device_lost": DeviceLost,
     }
-    raise rest[verdict](text, whole)
+    raise rest[verdict](text, whole, report.get("hint"))
+
+
+def _others(report: Mapping[str, Any]) -> str:
+    """What failed beside that which decided."""
+    failed = [e["metric"] for e in report["metrics"] if e["blocking"] and e["verdict"] == "fail"]
+    failed += [b["name"] for b in report["budgets"] if b["verdict"] == "fail"]
+    others = [name for name in dict.fromkeys(failed) if name != report["metric"]]
+    return f"; beyond what is allowed also: {', '.join(others)}" if others else ""
+
+
+def _more(report: Mapping[str, Any]) -> str | None:
+    """The hint of an open verdict."""
+    predicted = report["pairs_predicted"]
+    if predicted is None:
+        return "raise `--max-pairs`, or quiet the machine"
+    return f"about {predicted} pairs are needed at this noise: raise `--max-pairs`, or quiet the machine"

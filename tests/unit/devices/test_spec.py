@@ -3,7 +3,7 @@
 import pytest
 
 from edgesft.core.errors import UsageError
-from edgesft.devices.spec import catalogue, known
+from edgesft.devices.spec import CONFIDENCE, DeviceSpec, catalogue, describe, known
 
 PUBLISHED = [
     (device.id, mode, dtype, sparse, value)
@@ -63,3 +63,35 @@ def test_misspelt_device_is_answered_with_the_nearest():
     with pytest.raises(UsageError) as caught:
         known("orin-nao")
     assert "orin-nano" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("device", [d.id for d in catalogue()])
+def test_every_figure_has_a_source_and_a_confidence(device):
+    spec = known(device)
+    figures = spec.figures()
+    for figure in figures:
+        why = spec.why(figure)
+        assert why is not None, figure
+        assert why["confidence"] in CONFIDENCE
+        assert why["source"]
+    told = {name.partition(".")[0] for name in figures} | set(figures)
+    assert set(spec.evidence) <= told, "evidence for a figure that is not there"
+
+
+def test_a_figure_s_own_evidence_goes_before_its_table_s():
+    spec = known("rtx-5090")
+    assert spec.why("published.fp16")["confidence"] == "published"
+    assert spec.why("published.fp16_acc32")["confidence"] == "unverified"
+
+
+def test_a_figure_without_evidence_is_shown_as_unverified():
+    bare = DeviceSpec(id="x", name="x", kind="cpu", units=4)
+    row = next(f for f in describe(bare)["figures"] if f["figure"] == "units")
+    assert (row["confidence"], row["source"]) == ("unverified", "unknown")
+
+
+def test_thor_s_two_compute_capabilities_are_told():
+    found = describe(known("agx-thor"))
+    row = next(f for f in found["figures"] if f["figure"] == "compute_capability")
+    assert row["value"] == "11.0"
+    assert "10.1 with CUDA 12.8" in row["source"]

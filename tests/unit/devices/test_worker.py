@@ -1,7 +1,6 @@
 """The measuring child: what it runs, what it times, how it dies; and the parent's view of each."""
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -9,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgesft.core import subject
 from edgesft.core.artifact import Artifact
-from edgesft.core.errors import ArtifactError, DeviceError
+from edgesft.core.errors import ArtifactError, DeviceError, UsageError
 from edgesft.devices import client, worker
 
 RUNTIME = """
@@ -40,6 +40,9 @@ class Model:
         self.how, self.kind, self.vocabulary = how, how.get("kind", "decoder"), how["vocabulary"]
     def start(self, capacity): return Decoding(self.how)
     def logits(self, ids, mask, positions): return Decoding(self.how)._wait(self.how["step_ms"])[None]
+    def describe(self, sequence, batch): return {"x": {"type": "float32", "shape": [batch, sequence]}}
+    def feeds(self, sequence, batch, rng): return rng.standard_normal((batch, sequence))
+    def prepare(self, feeds): return lambda: Decoding(self.how)._wait(self.how["step_ms"])
 
 def load(path, *, threads=0):
     how = json.loads((path / "how.json").read_text())
@@ -102,10 +105,51 @@ def test_an_encoder_is_called(exported):
     assert min(samples) >= 0.2
 
 
-def test_slowdown_waits_inside_the_timed_step(exported):
-    quick, slow = (client.measure(ask(exported(step_ms=2.0), slowdown=percent), 60) for percent in (0, 50))
-    ratio = np.divide(*(min(min(r["step_ns"]) for r in m["repetitions"]) for m in (slow, quick)))
+@pytest.mark.parametrize(
+    ("kind", "metric"), [("decoder", "tpot"), ("encoder", "latency"), ("graph", "latency")]
+)
+def test_slowdown_waits_inside_what_is_timed(exported, kind, metric):
+    how = {"kind": kind, "step_ms": 2.0}
+    quick, slow = (client.measure(ask(exported(**how), slowdown=percent), 60) for percent in (0, 50))
+    ratio = np.divide(*(min(client.timings(m["repetitions"], metric)[0]) for m in (slow, quick)))
     assert ratio >= 1.45  # more where other work takes the core away meanwhile
+
+
+def test_moments_of_either_clock_are_put_on_ours():
+    ours = time.perf_counter_ns()
+    for moment in (time.time_ns(), time.monotonic_ns()):
+        assert 0 <= worker._on_our_clock(moment) - ours < 1_000_000_000
+
+
+def test_short_calls_are_timed_several_at_once(exported):
+    work = {**WORKLOAD, "repetitions": 4}
+    found = client.measure(ask(exported(kind="graph", step_ms=0.02), workload=work), 60)
+    assert found["loaded"]["inputs"] == {"x": {"type": "float32", "shape": [1, 8]}}
+    first, *rest = found["repetitions"]
+    assert first["calls"] == 1
+    assert len({r["calls"] for r in rest}) == 1
+    assert 10 <= rest[0]["calls"] <= 60
+    assert min(r["wall_ns"] for r in rest) >= 0.5e6
+    assert 0.02 <= min(client.timings(rest, "latency")[0]) < 0.06
+
+
+def test_long_calls_are_timed_one_by_one(exported):
+    found = client.measure(ask(exported(kind="graph", step_ms=2.0)), 60)
+    assert [r["calls"] for r in found["repetitions"]] == [1, 1]
+
+
+def test_pauses_come_after_the_repetitions(exported):
+    began = time.monotonic()
+    found = client.measure(ask(exported(), idle_seconds=[0.3, 0.1]), 60)
+    assert time.monotonic() - began >= 0.4
+    assert [(e["seconds"], len(e["step_ns"])) for e in found["idle"]] == [(0.3, 12), (0.1, 12)]
+    assert all(e["ttft_ns"] >= 0.4e6 for e in found["idle"])
+    assert len(found["repetitions"]) == 2
+
+
+def test_pauses_do_not_count_as_hanging(exported):
+    with pytest.raises(client.WorkerLost, match="no answer within 2 s"):
+        client.measure(ask(exported(hang_at=10), idle_seconds=[0.5, 0.5]), 1)
 
 
 def test_refusal_of_the_artefact_comes_back_as_it_was(exported):
@@ -142,6 +186,70 @@ def test_a_hanging_child_is_lost_and_ended(exported):
 def test_artefacts_of_other_kinds_have_no_runtime():
     with pytest.raises(DeviceError, match="`delta`"):
         client.runtime_of("delta")
+
+
+def test_engines_are_known_but_not_run(monkeypatch, tmp_path):
+    engine = Artifact(tmp_path / "x.engine", "engine", "sha256:0", "x.engine")
+    with pytest.raises(DeviceError, match="need TensorRT and an NVIDIA GPU") as caught:
+        ask(engine)
+    assert caught.value.hint == "edgesft doctor"
+    monkeypatch.setattr(client.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(DeviceError, match="does not run TensorRT engines"):
+        ask(engine)
+
+
+def test_options_that_do_not_fit_the_kind_are_refused(tmp_path):
+    model = Artifact(tmp_path, "model", "sha256:0", "some-model")
+    with pytest.raises(UsageError, match="`some-model` is run by torch"):
+        ask(model, operators=tmp_path / "raw.json")
+    with pytest.raises(UsageError, match="shapes are for foreign graphs"):
+        ask(model, shapes={"x": [1]})
+    assert "shapes" not in ask(model, shapes=None)
+
+
+def test_only_the_named_files_are_read(tmp_path):
+    for name in ("model.onnx", "model.data", "other.onnx"):
+        (tmp_path / name).write_bytes(b"x")
+    graph = subject.Graph(
+        tmp_path / "model.onnx", "graph", "", "", files=(tmp_path / "model.onnx", tmp_path / "model.data")
+    )
+    assert {p.name for p in worker._files(ask(graph))} == {"model.onnx", "model.data"}
+    folder = Artifact(tmp_path, "onnx", "", "")
+    assert {p.name for p in worker._files(ask(folder))} == {"model.onnx", "model.data", "other.onnx"}
+    assert worker._files({"path": str(tmp_path / "other.onnx")}) == [tmp_path / "other.onnx"]
+
+
+class Batches:
+    """A decoder of batches: the most probable token of row b after t steps is b + t."""
+
+    kind, vocabulary = "decoder", 40
+
+    def __init__(self):
+        self.fed = []
+
+    def start(self, capacity, batch):
+        self.fed.append([])
+        self.capacity, self.batch = capacity, batch
+        return self
+
+    def prefill(self, ids):
+        self.fed[-1].append(ids)
+        return np.eye(40)[np.arange(self.batch) + len(self.fed[-1])]
+
+    step = prefill
+
+
+def test_a_batch_is_decoded_row_by_row(monkeypatch, tmp_path):
+    made = Batches()
+    monkeypatch.setitem(sys.modules, "batches", type("M", (), {"load": lambda path, threads: made}))
+    request = {"path": str(tmp_path), "runtime": "batches:load", "threads": 1, "seed": [0]}
+    events = list(worker.measure({**request, "workload": {**WORKLOAD, "batch": 3}}))
+    assert [len(e["step_ns"]) for e in events if e["event"] == "repetition"] == [12, 12]
+    assert made.capacity == 8 + 12 + 1
+    prompt, *steps = made.fed[0]
+    assert prompt.shape == (3, 8)
+    assert len({row.tobytes() for row in prompt}) == 3
+    assert [s.tolist() for s in steps] == [[t, t + 1, t + 2] for t in range(1, 13)]
 
 
 def model(vocabulary=50):
@@ -248,25 +356,6 @@ def test_a_run_is_unsettled_while_it_still_gets_faster():
     falling = [(np.array(steps) * scale).tolist() for steps, scale in zip(flat, (4, 3, 2, 1), strict=True)]
     assert not worker._unsettled([repetition(steps) for steps in flat])
     assert worker._unsettled([repetition(steps) for steps in falling])
-
-
-def test_files_leave_the_page_cache_where_the_system_can_tell(tmp_path):
-    file = tmp_path / "weights.bin"
-    file.write_bytes(os.urandom(4 << 20))
-    share = worker.evict(tmp_path)
-    assert 0.0 <= share <= 1.0
-    unprobed = (5 << 18) + (1 << 16)
-    with file.open("rb") as opened:
-        if share == 1.0:
-            assert not worker._cached(
-                opened.fileno(), (5 << 18) + (1 << 16)
-            )  # where nothing was probed before
-        opened.read()
-        assert worker._cached(opened.fileno(), unprobed)
-
-
-def test_an_empty_folder_evicts_nothing(tmp_path):
-    assert worker.evict(tmp_path) == 0.0
 
 
 def test_about_reads_what_made_the_artefact(tmp_path):

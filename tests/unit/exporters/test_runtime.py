@@ -1,5 +1,6 @@
 """Decoding with a cache equals a prefill of the whole, batches equal single rows, bad input is refused."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
@@ -22,6 +24,7 @@ from edgesft.core.artifact import Request, create
 from edgesft.core.errors import ArtifactError, UsageError
 from edgesft.core.torch_runtime import TorchRunnable
 from edgesft.exporters.dialects.graph import Precision
+from edgesft.exporters.foreign import GraphRunnable
 from edgesft.exporters.onnx import export
 from edgesft.exporters.runtime import Generated, OnnxRunnable, generate, load
 
@@ -40,6 +43,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen2": lambda: Qwen2Config(**SIZES),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=32),
 }
+TRACED = GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=0)
 Made = Callable[..., tuple[Path, Path]]
 
 
@@ -57,7 +61,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         model, out = root / family, root / f"{family}-{quantize}"
         if not model.exists():
             torch.manual_seed(0)
-            module = AutoModelForCausalLM.from_config(FAMILIES[family]())
+            module = AutoModelForCausalLM.from_config(FAMILIES[family]() if family in FAMILIES else TRACED)
             with torch.no_grad():
                 for parameter in module.parameters():
                     parameter.add_((0.1 if parameter.dim() > 1 else 0.2) * torch.randn_like(parameter))
@@ -134,6 +138,60 @@ def test_torch_and_export_agree(made: Made, family: str) -> None:
         assert a.tokens == b.tokens
         seen |= set(a.tokens)
     assert len(seen) > 3  # or agreement says little
+
+
+def _decoded(state: Any, prompt: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Logits (..., steps + 1, vocabulary) after a prompt and each token; time is the last axis of both."""
+    found = [state.prefill(prompt)]
+    found += [state.step(tokens[..., t]) for t in range(tokens.shape[-1])]
+    return np.stack(found, axis=-2)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "traced"])
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_a_batch_decodes_as_its_rows_do(made: Made, family: str, kind: str) -> None:
+    model, out = made(family)
+    runnable: Any = load(out, threads=1) if kind == "onnx" else TorchRunnable(model, 1)
+    prompts, tokens = _ids(27).reshape(3, 9), _ids(12, 1).reshape(3, 4)
+    found = _decoded(runnable.start(13, 3), prompts, tokens)
+    assert found.shape == (3, 5, 96)
+    alone = [_decoded(runnable.start(13), p, t) for p, t in zip(prompts, tokens, strict=True)]
+    np.testing.assert_allclose(found, np.stack(alone), atol=1e-4)
+    assert np.abs(found[0] - found[1]).max() > 1e-2  # or the rows say little
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_a_batch_takes_as_many_prompts_as_it_was_made_for(made: Made, kind: str) -> None:
+    model, out = made("llama")
+    runnable: Any = load(out, threads=1) if kind == "onnx" else TorchRunnable(model, 1)
+    with pytest.raises(UsageError, match="2 prompts were given to a batch of 3"):
+        runnable.start(13, 3).prefill(_ids(8).reshape(2, 4))
+
+
+def test_the_prompts_of_a_batch_come_in_one_piece(made: Made) -> None:
+    state = load(made("llama")[1], threads=1).start(13, 2)
+    state.prefill(_ids(8).reshape(2, 4))
+    with pytest.raises(UsageError, match="in one piece"):
+        state.prefill(_ids(4).reshape(2, 2))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_graph_alone_decodes_as_the_export_does(made: Made, batch: int) -> None:
+    out = made("traced")[1]
+    ours, alone = load(out, threads=1), GraphRunnable(out / "model.onnx", threads=1)
+    assert (alone.kind, alone.vocabulary) == ("decoder", 96)
+    prompts, tokens = _ids(18).reshape(2, 9)[:batch].squeeze(), _ids(8, 1).reshape(2, 4)[:batch].squeeze()
+    one, other = (_decoded(r.start(13, batch), prompts, tokens) for r in (ours, alone))
+    np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_the_profile_of_a_session_is_written_where_it_is_asked_for(made: Made, tmp_path: Path) -> None:
+    runnable = OnnxRunnable(made("llama")[1], threads=1, trace=tmp_path / "trace")
+    runnable.start(8).prefill(_ids(3))
+    written = Path(runnable.session.end_profiling())
+    assert written.parent == tmp_path
+    nodes = [e["args"]["op_name"] for e in json.loads(written.read_text()) if e["cat"] == "Node"]
+    assert nodes.count("GroupQueryAttention") == 2
 
 
 def test_two_sequences_do_not_share_a_cache(made: Made) -> None:
