@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from edgesft.core import threads
-from edgesft.core.threads import affinity, cgroup_cpus, physical_cores
+from edgesft.core.threads import affinity, cgroup_cpus, cgroup_folders, physical_cores
 from edgesft.devices import cuda, sysfs
 from edgesft.devices.jetson import Jetson
 from edgesft.devices.spec import DeviceSpec, catalogue, describe, known
-from edgesft.devices.telemetry import cgroup_folders, temperature
 from edgesft.devices.telemetry import held_back as held_back
 from edgesft.devices.telemetry import telemetry as telemetry
+from edgesft.devices.telemetry import temperature
 
 SCHEMA = 2
 UNKNOWN = "unknown"

@@ -5,27 +5,12 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from edgesft.core.threads import cgroup_folders
 from edgesft.devices.sysfs import number, text
 
 ROOT = Path("/")
 STEAL = 0.10  # share of the processor time, above which a measurement is made again
 QUOTA = 0.02  # share of the time
-
-
-def cgroup_folders(controller: str, root: Path = ROOT) -> list[Path]:
-    """Folders of this process's control group, the root first, wherever they are mounted."""
-    folders = []
-    for line in text(root / "proc/self/cgroup").splitlines():
-        hierarchy, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if hierarchy == "0":
-            home = root / "sys/fs/cgroup"
-        elif controller in controllers.split(","):
-            home = root / "sys/fs/cgroup" / controller
-        else:
-            continue
-        parts = [p for p in path.split("/") if p and p != ".."]
-        folders += [home.joinpath(*parts[:n]) for n in range(len(parts) + 1)]
-    return [f for f in folders if f.is_dir()]
 
 
 def telemetry(root: Path = ROOT) -> dict[str, float]:

@@ -421,11 +421,11 @@ class Baseline(TypedDict):
     added_at: str
     sha256: str
     kind: str
-    digest: NotRequired[str]
-    estimator: NotRequired[str]
-    primary: NotRequired[str]
-    workload: NotRequired[dict[str, Any]]
-    metrics: NotRequired[dict[str, Measured]]
+    digest: str
+    estimator: str
+    primary: str
+    workload: dict[str, Any]
+    metrics: dict[str, Measured]
     record: dict[str, Any]
     fingerprint: Fingerprint
 
@@ -617,9 +617,16 @@ def check(name: str, record: Mapping[str, Any], where: Path) -> None:
             f"`{where}` is a {name} of schema {got}, this EdgeSFT reads schema {version}",
             "pip install --upgrade edgesft" if newer else f"make the {name} again with this version",
         )
+    why = problem(name, record)
+    if why is not None:
+        raise ArtifactError(f"`{where}` is not a {name}: {why}")
+
+
+def problem(name: str, record: Mapping[str, Any]) -> str | None:
+    """The first field of `record` that a record `name` would not have like this; None if it is one."""
     try:
         _adapter(name).validate_python(dict(record), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(p) for p in first["loc"])
-        raise ArtifactError(f"`{where}` is not a {name}: `{field}`: {first['msg']}") from None
+        return f"`{'.'.join(str(p) for p in first['loc'])}`: {first['msg']}"
+    return None

@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 
 CPU = Path("/sys/devices/system/cpu")
-GROUPS = Path("/sys/fs/cgroup")
 
 
 def resolve(threads: int) -> int:
@@ -53,19 +52,19 @@ def cgroup_cpus() -> float | None:
     return min(limits) if limits else None
 
 
-def cgroup_folders(controller: str) -> list[Path]:
-    """Folders of this process's control group, the root first, wherever they are mounted."""
+def cgroup_folders(controller: str, root: Path = Path("/")) -> list[Path]:
+    """Folders of this process's control group, the topmost first. root: of the file system."""
     folders = []
-    for line in _text(Path("/proc/self/cgroup")).splitlines():
-        number, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if number == "0":
-            root = GROUPS
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        hierarchy, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if hierarchy == "0":
+            home = root / "sys/fs/cgroup"
         elif controller in controllers.split(","):
-            root = GROUPS / controller
+            home = root / "sys/fs/cgroup" / controller
         else:
             continue
         parts = [p for p in path.split("/") if p and p != ".."]
-        folders += [root.joinpath(*parts[:n]) for n in range(len(parts) + 1)]
+        folders += [home.joinpath(*parts[:n]) for n in range(len(parts) + 1)]
     return [f for f in folders if f.is_dir()]
 
 

@@ -12,14 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
-# pydantic refuses the TypedDict of `typing` before Python 3.12
-from typing_extensions import TypedDict
-
 from edgesft.core import artifact, catalog
 from edgesft.core.artifact import Artifact
 from edgesft.core.errors import ArtifactError
+from edgesft.core.records import Measured, problem
 
 SCHEMA = 1
 LARGE = 1 << 24  # bytes of an entry, at most
@@ -34,44 +30,6 @@ UNITS = {
     "energy": "J/token",
 }
 DROPPED = ("samples", "raw", "operators", "looks", "fingerprint", "workload", "schema")
-
-
-class Measured(TypedDict):
-    """One metric. value: of `processes`, one number each, the median. low, high: their range, or the bounds
-    of a percentile. exact: without noise."""
-
-    value: float
-    low: float | None
-    high: float | None
-    processes: list[float]
-    exact: bool
-
-
-class Fingerprint(TypedDict):
-    """The device, as `devices.host` writes it."""
-
-    schema: int
-    id: str
-    refuse: dict[str, Any]
-    record: dict[str, Any]
-
-
-class Content(TypedDict):
-    """An entry. digest: of the artefact that it was taken from. primary: the metric that it is about."""
-
-    schema: int
-    name: str
-    label: str | None
-    added_at: str
-    sha256: str
-    kind: str
-    digest: str
-    estimator: str
-    primary: str
-    workload: dict[str, Any]
-    metrics: dict[str, Measured]
-    record: dict[str, Any]
-    fingerprint: Fingerprint
 
 
 @dataclass(frozen=True)
@@ -113,12 +71,11 @@ def _checked(file: Path, name: str) -> dict[str, Any]:
         raise ArtifactError("it is not an entry of a baseline")
     if digest(found) != found.get("sha256"):
         raise ArtifactError("it was altered: its SHA-256 is not the one in it")
+    why = problem("baseline", found)
+    if why is not None:
+        raise ArtifactError(why)
     try:
-        TypeAdapter(Content).validate_python(found)
         added = datetime.fromisoformat(found["added_at"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ArtifactError(f"`{'.'.join(map(str, first['loc']))}`: {first['msg']}") from None
     except ValueError:
         raise ArtifactError(f"`added_at` is `{found['added_at']}`, expected ISO 8601") from None
     if added.tzinfo is None:
