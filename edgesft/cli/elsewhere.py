@@ -63,7 +63,7 @@ def run(
     """
     from edgesft.core import artifact
     from edgesft.core import subject as subjects_module
-    from edgesft.stages.verdict import GateVerdict
+    from edgesft.stages.gating.verdict import GateVerdict
 
     shipped: dict[str, Any] = {
         name: subjects_module.resolve(ref) for name, ref in subjects.items() if ref is not None

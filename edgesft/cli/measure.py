@@ -141,8 +141,8 @@ def profile(
     Example: edgesft profile out/exported -o out/profile --html
     """
     from edgesft.core import subject
-    from edgesft.stages import overview
     from edgesft.stages import profile as profiling
+    from edgesft.stages.profiling import overview
 
     if device is not None and elsewhere.in_catalogue(device):
         from edgesft.core.params import validate
@@ -291,7 +291,7 @@ def gate(
     Example: edgesft gate --base out/main --head out/change
     """
     from edgesft.stages import gate as gating
-    from edgesft.stages import verdict
+    from edgesft.stages.gating import verdict
 
     if base is None and budget is None:
         raise UsageError("there is nothing to compare `--head` with", "add `--base` or `--budget`")

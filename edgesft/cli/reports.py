@@ -100,7 +100,8 @@ def baseline_list(
 
     Example: edgesft baseline list
     """
-    from edgesft.stages import baseline, baseline_text
+    from edgesft.stages import baseline
+    from edgesft.stages.baselines import text as baseline_text
 
     found = baseline.entries(store, name)
     if json:
@@ -121,7 +122,8 @@ def baseline_show(
 
     Example: edgesft baseline show main
     """
-    from edgesft.stages import baseline, baseline_text
+    from edgesft.stages import baseline
+    from edgesft.stages.baselines import text as baseline_text
 
     record = baseline.show(store, name, check=check, metric=metric)
     if json:
@@ -152,7 +154,8 @@ def baseline_diff(
 
     Example: edgesft baseline diff main out/profile
     """
-    from edgesft.stages import baseline, baseline_text
+    from edgesft.stages import baseline
+    from edgesft.stages.baselines import text as baseline_text
 
     record = baseline.diff(store, name, source, against=against, metric=metric, fail_over=fail_over)
     if json:

@@ -22,9 +22,9 @@ from filelock import FileLock, Timeout
 from edgesft.core import artifact, catalog, console
 from edgesft.core.artifact import Artifact
 from edgesft.core.errors import ArtifactError, UsageError, nearest
-from edgesft.stages import stored
-from edgesft.stages.stored import SCHEMA, UNITS, Entry
-from edgesft.stages.verdict import Inconclusive, NotComparable, Regression
+from edgesft.stages.baselines import stored
+from edgesft.stages.baselines.stored import SCHEMA, UNITS, Entry
+from edgesft.stages.gating.verdict import Inconclusive, NotComparable, Regression
 
 STORE = Path("baselines")
 LOCK = ".lock"

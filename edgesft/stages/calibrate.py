@@ -23,10 +23,10 @@ from edgesft.core.errors import ArtifactError, CheckFailed, DeviceError, UsageEr
 from edgesft.core.journal import Journal
 from edgesft.core.params import Count, Length, Seed, validate
 from edgesft.stages import profile
-from edgesft.stages.pairs import ABSENT, CLOCKS, REDO, SETTLED, TRIES, enough_calls
+from edgesft.stages.gating.pairs import ABSENT, CLOCKS, REDO, SETTLED, TRIES, enough_calls
+from edgesft.stages.gating.session import PROBE_CALLS, alone, metrics_of
+from edgesft.stages.gating.verdict import DeviceLost, NothingMeasured
 from edgesft.stages.profile import Threads
-from edgesft.stages.session import PROBE_CALLS, alone, metrics_of
-from edgesft.stages.verdict import DeviceLost, NothingMeasured
 
 __all__ = ["Calibrate", "brief", "calibrate", "judge", "load", "resolve"]
 

@@ -27,12 +27,12 @@ from edgesft.core import artifact, catalog, stage
 from edgesft.core.artifact import Artifact, Workdir
 from edgesft.core.errors import UsageError
 from edgesft.core.params import Count, Length, Seed, validate
-from edgesft.stages import arming, profile
-from edgesft.stages import budget as budgeting
-from edgesft.stages.pairs import resolve as resolve
-from edgesft.stages.profile import Threads
-from edgesft.stages.session import HEADER, Session, metrics_of
-from edgesft.stages.verdict import (
+from edgesft.stages import profile
+from edgesft.stages.gating import arming
+from edgesft.stages.gating import budget as budgeting
+from edgesft.stages.gating.pairs import resolve as resolve
+from edgesft.stages.gating.session import HEADER, Session, metrics_of
+from edgesft.stages.gating.verdict import (
     REPORT,
     GateVerdict,
     NotComparable,
@@ -41,6 +41,7 @@ from edgesft.stages.verdict import (
     lines,
     load_report,
 )
+from edgesft.stages.profile import Threads
 
 __all__ = ["Gate", "describe", "gate", "judge", "lines", "load", "resolve"]
 
@@ -59,7 +60,7 @@ class Gate:
     the inputs of a foreign graph. only: patterns of the names of metrics and budgets to look at.
     check_tail: the 95th percentile of a process decides too, at tail_margin_percent. check_memory,
     check_size: fail also for more than 2 % more of it. Without any of them it is reported only.
-    budgets: limits by name, see `stages.budget`; level: the confidence of their bounds.
+    budgets: limits by name, see `stages.gating.budget`; level: the confidence of their bounds.
     calibration: `auto` for the newest that fits, a file or folder, or `none`. estimator: the one number that
     a process gives. clock: `wall`; `cpu`, the processor time of the calling thread, which other work on a
     busy machine hardly moves, but which does not see waiting; `both` (see `sequential.agree`). Where these
@@ -199,7 +200,7 @@ def gate(
     """Compare two artefacts; the report, whatever the verdict. `judge` turns it into an exit code.
 
     base: None to check the budgets of head alone. options: fields of `Gate`. out: keep the verdict there,
-    and resume by pair what a kill left. budget: a TOML file, see `stages.budget.read`.
+    and resume by pair what a kill left. budget: a TOML file, see `stages.gating.budget.read`.
     Raises ArtifactError for folders that are missing, broken, altered or of another kind, UsageError for
     options and budgets.
     """

@@ -20,9 +20,9 @@ from edgesft.core import artifact, catalog, console
 from edgesft.core.artifact import Artifact, Workdir
 from edgesft.core.errors import ArtifactError, UsageError
 from edgesft.core.params import Count, Length, Seed, validate
-from edgesft.stages import ceiling, sections, summary, trace
-from edgesft.stages.overview import brief, tables
-from edgesft.stages.sections import Bench
+from edgesft.stages.profiling import ceiling, sections, summary, trace
+from edgesft.stages.profiling.overview import brief, tables
+from edgesft.stages.profiling.sections import Bench
 
 __all__ = ["Profile", "about", "brief", "device", "load", "problems", "resolve", "subject", "tables"]
 

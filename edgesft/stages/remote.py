@@ -27,7 +27,7 @@ from edgesft.core import artifact, catalog, console
 from edgesft.core.artifact import Artifact
 from edgesft.core.errors import ArtifactError, DeviceError, Interrupted
 from edgesft.core.subject import Graph
-from edgesft.stages.verdict import DeviceLost
+from edgesft.stages.gating.verdict import DeviceLost
 
 RECORD = ".remote.json"  # hidden: no part of the artefact
 WAIT = 10.0  # seconds that the other side holds back an answer without news

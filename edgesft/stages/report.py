@@ -8,9 +8,10 @@ from typing import Any
 from edgesft import __version__
 from edgesft.core import artifact, console
 from edgesft.core.artifact import Artifact
-from edgesft.stages import plots, reporting
-from edgesft.stages.findings import span
-from edgesft.stages.verdict import REPORT
+from edgesft.stages import reporting
+from edgesft.stages.gating.verdict import REPORT
+from edgesft.stages.reporting import plots
+from edgesft.stages.reporting.findings import span
 
 TEMPLATE = Path(__file__).with_name("report.html")
 

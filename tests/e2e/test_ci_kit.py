@@ -440,7 +440,8 @@ def test_the_gitlab_job_runs_again_in_a_folder_that_was_cleaned(bench):
 
 
 def test_the_example_files_are_what_their_commands_read():
-    from edgesft.stages import budget, fleet
+    from edgesft.stages import fleet
+    from edgesft.stages.gating import budget
 
     limits, level = budget.read(ROOT / "examples" / "budget.toml")
     assert {"tpot_p50_ms", "size_mb"} < limits.keys()

@@ -23,7 +23,7 @@ from edgesft.core.errors import ArtifactError, DeviceError, Interrupted
 from edgesft.core.subject import resolve
 from edgesft.devices import remote as far
 from edgesft.stages import fleet, remote
-from edgesft.stages.verdict import DeviceLost
+from edgesft.stages.gating.verdict import DeviceLost
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/sbin:" + os.environ.get("PATH", ""))
 CONFIG = """

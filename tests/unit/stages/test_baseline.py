@@ -11,9 +11,11 @@ import pytest
 from edgesft.core import artifact
 from edgesft.core.catalog import runtime
 from edgesft.core.errors import ArtifactError, EdgeSFTError, UsageError
-from edgesft.stages import baseline, profile, stored, verdict
-from edgesft.stages import baseline_text as text
-from edgesft.stages.verdict import Inconclusive, NotComparable, Regression
+from edgesft.stages import baseline, profile
+from edgesft.stages.baselines import stored
+from edgesft.stages.baselines import text as text
+from edgesft.stages.gating import verdict
+from edgesft.stages.gating.verdict import Inconclusive, NotComparable, Regression
 
 host = runtime("devices.host")
 

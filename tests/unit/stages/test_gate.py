@@ -442,7 +442,7 @@ def test_a_gate_without_base_needs_budgets(tmp_path, sides):
 
 def test_a_side_that_is_altered_between_two_pairs_ends_it(machine, sides, monkeypatch):
     monkeypatch.setattr(
-        "edgesft.stages.pairs.resolve", lambda path: Artifact(path, "onnx", "sha256:new", "x")
+        "edgesft.stages.gating.pairs.resolve", lambda path: Artifact(path, "onnx", "sha256:new", "x")
     )
 
     def fails(role, pair):
@@ -462,7 +462,7 @@ def test_a_side_that_is_only_touched_is_gone_on_with(machine, sides, monkeypatch
         hashed.append(path.name)
         return Artifact(path, "onnx", f"sha256:{path.name}", "x")
 
-    monkeypatch.setattr("edgesft.stages.pairs.resolve", resolve)
+    monkeypatch.setattr("edgesft.stages.gating.pairs.resolve", resolve)
 
     def fails(role, pair):
         if pair == 2 and not hashed:

@@ -1,0 +1,1 @@
+"""What `baseline` is made of: the stored entry, and its text."""

@@ -1,0 +1,1 @@
+"""What `profile` is made of: its sections, their summary, the roofline, the trace."""
