@@ -714,7 +714,15 @@ def venv(home: str) -> int:
         wanted = file.read().split("\n")
     shutil.rmtree(home, ignore_errors=True)
     make = [python, "-m", "venv", *([] if any(wanted) else ["--without-pip"]), home]
-    pip = [os.path.join(home, "bin", "python"), "-m", "pip", "install", "--no-input", "--progress-bar=off"]
+    pip = [
+        os.path.join(home, "bin", "python"),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-input",
+        "--progress-bar=off",
+    ]
     pip += ["--disable-pip-version-check", "-r", "requirements.txt", "-c", "constraints.txt"]
     for argv in [make, pip] if any(wanted) else [make]:
         code = subprocess.call(argv, stdout=sys.stderr.fileno())

@@ -348,8 +348,8 @@ def calibrate(
     """Calibrate this device with an artefact and keep the record in the store, armed or not.
 
     options: fields of `Calibrate`. out: keep it there too, samples included. if_needed: return what the store
-    has, if it arms a gate of this margin here and now. Either way an interrupted run is gone on with by the
-    same command. Raises ArtifactError, UsageError, and what `Calibrate.run` raises.
+    has, if that answers for a gate of this margin here and now. Either way an interrupted run is gone on with
+    by the same command. Raises ArtifactError, UsageError, and what `Calibrate.run` raises.
     """
     chosen = Calibrate.from_recipe(options)
     inputs = {"artifact": resolve(ref)}
@@ -375,7 +375,10 @@ def calibrate(
 
 
 def _kept(options: Calibrate, model: Artifact) -> dict[str, Any] | None:
-    """The calibration in the store that arms such a gate on this device, if there is one."""
+    """The calibration in the store that answers for such a gate on this device, if there is one.
+
+    One that arms nothing answers too, for its own margin: asking again does not quiet the machine.
+    """
     metric = metrics_of(model, ("tpot",))[0] if options.metric == "auto" else options.metric
     found = calibrations.find(
         profile.device(options.threads)["id"],
@@ -385,7 +388,9 @@ def _kept(options: Calibrate, model: Artifact) -> dict[str, Any] | None:
     )
     if found is None or calibrations.expired(found):
         return None
-    return None if calibrations.refusal(found, options.margin_percent, options.max_pairs) else found
+    same = found["margin_percent"] == options.margin_percent and found["max_pairs"] == options.max_pairs
+    answers = same or calibrations.refusal(found, options.margin_percent, options.max_pairs) is None
+    return found if answers else None
 
 
 def _scratch() -> Path:

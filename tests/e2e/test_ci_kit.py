@@ -267,27 +267,19 @@ def test_options_are_passed_only_where_they_are_given(bench):
     assert outputs["out"] == "kept"
     (calibration,) = bench.called("calibrate")
     assert calibration == [
-        *("calibrate", "--margin=3", "--metric=ttft", "--threads=2", "--device=ssh://u@h:2222", "--", "h"),
+        *("calibrate", "--days=30", "--if-needed", "--margin=3", "--metric=ttft", "--threads=2"),
+        *("--device=ssh://u@h:2222", "--", "h"),
     ]
 
 
-def test_calibrates_once_and_again_when_it_is_old_or_something_else_is_asked(bench):
+def test_calibrates_only_when_needed_unless_told_otherwise(bench):
     bench.stand_in(gate={"record": RECORD, "sealed": True})
-    for calibrate, more, count in (
-        ("auto", {}, 1),
-        ("auto", {}, 1),
-        ("always", {}, 2),
-        ("never", {}, 2),
-        ("auto", {"margin": "10"}, 3),
-        ("auto", {"margin": "10"}, 3),
-    ):
-        assert act(bench, base="b", head="h", calibrate=calibrate, **more)[1] == 0
-        assert len(bench.called("calibrate")) == count
-    old = bench.home / "tools" / "edgesft-calibrations"
-    for file in old.iterdir():
-        os.utime(file, (0, 0))
-    act(bench, base="b", head="h")
-    assert len(bench.called("calibrate")) == 4
+    for calibrate, needed in (("auto", True), ("always", False)):
+        assert act(bench, base="b", head="h", calibrate=calibrate)[1] == 0
+        assert ("--if-needed" in bench.called("calibrate")[-1]) == needed
+    count = len(bench.called("calibrate"))
+    act(bench, base="b", head="h", calibrate="never")
+    assert len(bench.called("calibrate")) == count
     act(bench, base="b", head="h", calibrations=str(bench.folder / "mine"))
     assert (bench.folder / "mine" / "here.json").exists()
 
@@ -436,7 +428,7 @@ def test_the_gitlab_job_runs_again_in_a_folder_that_was_cleaned(bench):
     for name in ("base", "out"):
         shutil.rmtree(bench.folder / name)
     assert gitlab(bench, base) == 0
-    assert len(bench.called("calibrate")) == 1
+    assert all("--if-needed" in call for call in bench.called("calibrate"))
 
 
 def test_the_example_files_are_what_their_commands_read():

@@ -220,6 +220,21 @@ def test_without_an_output_folder_it_goes_on_too_and_leaves_only_the_record(mach
     assert list((home / ".unfinished").iterdir()) == []
 
 
+@pytest.mark.parametrize("noise", [0.01, 3.0])
+def test_it_is_not_done_again_while_the_last_one_answers(machine, inputs, monkeypatch, noise):
+    machine.cpu = noise
+    first = calibrating.calibrate("exported", **SMALL, if_needed=True)
+    machine.asked.clear()
+    assert calibrating.calibrate("exported", **SMALL, if_needed=True)["made_at"] == first["made_at"]
+    assert machine.asked == []  # one that arms nothing answers for its margin too
+    calibrating.calibrate("exported", **SMALL, margin_percent=9, if_needed=True)
+    assert len(machine.asked) == (0 if first["armed"] else 1 + 24)
+    machine.asked.clear()
+    monkeypatch.setattr(calibrations, "expired", lambda record, now=None: True)
+    calibrating.calibrate("exported", **SMALL, if_needed=True)
+    assert len(machine.asked) == 1 + 24
+
+
 def test_what_was_interrupted_long_ago_is_begun_anew(machine, inputs, monkeypatch):
     machine.fails = lambda number: client.WorkerLost("hung") if number == 7 else None
     with pytest.raises(EdgeSFTError):
