@@ -193,6 +193,9 @@ decode_tokens = 8
 prompts = 4
 processes = 1
 prefill_seconds = 0
+contexts = [16]
+idle_seconds = []
+roofline = false
 """
 
 
