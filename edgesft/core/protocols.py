@@ -122,7 +122,7 @@ class Runnable(Protocol):
     """A loaded model, ours or exported, behind one small interface (numpy in, numpy out; no torch needed)."""
 
     vocabulary: int
-    kind: str  # "decoder" or "encoder"
+    kind: str  # "decoder", "encoder", or "graph": any other, which is only called
 
     def logits(
         self, input_ids: "IntArray", attention_mask: "IntArray", positions: "IntArray"
@@ -131,13 +131,16 @@ class Runnable(Protocol):
         `input_ids` (B, S). Encoders return hidden states (N, hidden) there."""
         ...
 
-    def start(self, capacity: int) -> "Decoding":
-        """A fresh single-sequence decoding state with room for `capacity` tokens."""
+    def start(self, capacity: int, batch: int = 1) -> "Decoding":
+        """A fresh decoding state of `batch` sequences with room for `capacity` tokens each."""
         ...
 
 
 class Decoding(Protocol):
-    """One sequence with its KV cache."""
+    """One sequence, or several of one length, with their KV cache.
+
+    For B > 1 sequences, prompts are (B, S), tokens (B,) and logits (B, vocabulary).
+    """
 
     def prefill(self, input_ids: "IntArray") -> "FloatArray":
         """Feed a prompt (S,); logits (vocabulary,) after its last token."""
