@@ -23,7 +23,7 @@ from edgesft.core.errors import ArtifactError, CheckFailed, DeviceError, UsageEr
 from edgesft.core.journal import Journal
 from edgesft.core.params import Count, Length, Seed, validate
 from edgesft.stages import profile
-from edgesft.stages.gating.pairs import ABSENT, CLOCKS, REDO, SETTLED, TRIES, enough_calls
+from edgesft.stages.gating.pairs import ABSENT, CLOCKS, REDO, SETTLED, TRIES, enough_calls, resolve
 from edgesft.stages.gating.session import PROBE_CALLS, alone, metrics_of
 from edgesft.stages.gating.verdict import DeviceLost, NothingMeasured
 from edgesft.stages.profile import Threads
@@ -329,13 +329,6 @@ def reason(record: Mapping[str, Any]) -> str:
 
 def _clock(clock: str) -> str:
     return {"both": "wall and processor time", "wall": "wall time", "cpu": "processor time"}[clock]
-
-
-def resolve(ref: str | Path) -> Artifact:
-    """What is calibrated: anything that `profile` and `gate` take. Raises ArtifactError."""
-    from edgesft.core import subject
-
-    return subject.resolve(ref)
 
 
 def calibrate(
