@@ -90,8 +90,6 @@ def refuse(source: Path, why: str) -> None:
 @functools.cache
 def _load(source: Path) -> ctypes.CDLL | None:
     try:
-        import torch  # noqa: F401 - its OpenMP runtime must be in the process before ours is looked up
-
         path = _library(source, find_compiler())
         if not path.exists():
             _build(source, find_compiler(), path)
@@ -180,10 +178,16 @@ def cache_root() -> Path:
 
 def _library(source: Path, compiler: Compiler) -> Path:
     """Where the library of `source` lies or will lie."""
-    parts = [source.read_bytes(), compiler.version.encode(), _cpu().encode()]
+    headers = sorted(source.parent.glob("*.h"))
+    parts = [
+        source.read_bytes(),
+        *(h.read_bytes() for h in headers),
+        compiler.version.encode(),
+        _cpu().encode(),
+    ]
     parts += [repr((compiler.command, plans(compiler))).encode()]
     key = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
-    return cache_root() / key / f"{source.parent.name}.so"
+    return cache_root() / key / f"{source.parent.name}-{source.stem}.so"
 
 
 def _trusted(path: Path) -> None:

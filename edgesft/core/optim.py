@@ -1,49 +1,16 @@
-"""Plain optimisers over theta, learning-rate schedules, and the zeroth-order gradient that stays a recipe.
+"""Plain optimisers over theta.
 
 An optimiser walks a gradient one tensor at a time, so a gradient that makes its tensors on demand never
 exists whole.
 """
 
-import hashlib
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from edgesft.core import catalog
-from edgesft.core.protocols import Gradient, Shift, Theta
-
-Schedule: TypeAlias = Literal["constant", "linear", "cosine"]
-
-
-def derive(*parts: int | str) -> int:
-    """A seed (63 bits) that depends on every part and on nothing else."""
-    text = "/".join(str(p) for p in parts).encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
-
-
-@dataclass(frozen=True)
-class Directions:
-    """A gradient as a sum of scale * z(seed) over `shifts`; its tensors are made when asked for.
-
-    loss: mean of the losses that were seen. params: what it is the gradient of, by name.
-    """
-
-    loss: float
-    shifts: tuple[Shift, ...]
-    params: Theta
-
-    def items(self) -> Iterator[tuple[str, Tensor]]:
-        kernel = catalog.runtime("kernels.perturb")
-        for name, p in self.params.items():
-            total = torch.zeros_like(p)
-            for shift in self.shifts:
-                z: Tensor = kernel.noise(tuple(p.shape), shift.seed, kernel.tensor_id(name), device=p.device)
-                total.add_(z.to(p), alpha=shift.scale)
-            yield name, total
+from edgesft.core.protocols import Gradient, Theta
 
 
 class Optimizer(Protocol):
@@ -117,17 +84,3 @@ OPTIMIZERS: dict[str, Callable[[float], Optimizer]] = {
     "sgd": lambda decay: Sgd(decay),
     "adam": lambda decay: Adam(decay),
 }
-
-
-def rate(step: int, steps: int, lr: float, schedule: Schedule, warmup: float) -> float:
-    """The learning rate of `step` (0-based) of `steps`.
-
-    warmup: share of the steps over which it rises linearly; after it, constant, or down to 0 at the end.
-    """
-    rising = round(warmup * steps)
-    if step < rising:
-        return lr * (step + 1) / rising
-    if schedule == "constant":
-        return lr
-    left = 1 - (step - rising) / max(1, steps - rising)  # 1 at the first step, above 0 at the last
-    return lr * left if schedule == "linear" else lr * (1 - math.cos(math.pi * left)) / 2

@@ -1,17 +1,18 @@
 """The contracts: what a method of each axis offers, and what the machine side offers to the stages."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from torch import Generator, Tensor, nn
 
-    from edgesft.core.data import Batch
+    from edgesft.core.batches import ArrayBatch, Batch
 
     FloatArray: TypeAlias = npt.NDArray[np.float32]
     IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -19,20 +20,90 @@ if TYPE_CHECKING:
 Theta: TypeAlias = "dict[str, Tensor]"  # the trainable tensors of one layer, or of all by `<layer>.<name>`
 
 
+Law: TypeAlias = Literal["gaussian", "rademacher", "low-rank"]  # how the noise is distributed
+
+
 @dataclass(frozen=True)
 class Shift:
     """A zeroth-order perturbation that is described, never applied: theta + scale * z(seed).
 
     z is made again wherever it is needed from (seed, tensor id, element index), so no order of layers,
-    chunks or threads can change it. scale: +eps or -eps.
+    chunks or threads can change it. scale: +eps or -eps of a loss, or the signed length of a step.
+    law: of z; its entries have mean 0 and variance 1. rank: of z = u v^T / sqrt(rank), where law is low-rank.
     """
 
     seed: int
     scale: float
+    law: Law = "gaussian"
+    rank: int = 0
 
 
-# The loss at theta (None) or at a shifted theta. Weights are the same before and after a call.
-Loss: TypeAlias = "Callable[[Shift | None], Tensor]"
+@dataclass(frozen=True)
+class Mask:
+    """Which entries w of a tensor take part: low <= |w| <= high, and of these a random share of keep / 256.
+
+    The share is chosen by counter-based bytes of `seed`, so it is the same whenever it is asked for. A NaN
+    takes no part.
+    """
+
+    low: float = 0.0
+    high: float = math.inf
+    keep: int = 256
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Update:
+    """One step on the weights: w <- shrink w + sum of scale * z(seed), inside the mask of w before it.
+
+    shifts: scale is the signed coefficient of each direction. rounding: seed of stochastic rounding into
+    weights of low precision; None: to nearest.
+    """
+
+    shifts: tuple[Shift, ...]
+    shrink: float = 1.0
+    rounding: int | None = None
+
+
+class Loss(Protocol):
+    """The loss of one batch at theta (None) or at a shifted theta. Weights are the same before and after."""
+
+    def __call__(self, shift: Shift | None, /) -> "Tensor": ...
+
+    def together(self, shifts: "Sequence[Shift | None]") -> "Sequence[float]":
+        """The losses at several points, out of one pass in which every weight is read once."""
+        ...
+
+
+class Tunable(Protocol):
+    """A model under zeroth-order tuning in place: loaded in torch, or an exported artefact in its runtime."""
+
+    masks: "Mapping[str, Mask]"  # layer name -> which entries of its weight may change
+    shapes: "Mapping[str, tuple[int, int]]"  # layer name -> (out, in) of its weight
+
+    def loss(self, objective: "Objective", batch: "ArrayBatch") -> Loss:
+        """The mean loss of one batch as a function of the shift."""
+        ...
+
+    def assess(self, batch: "ArrayBatch") -> tuple[float, int | None]:
+        """(mean task loss, right answers) at the present weights; None where there are no answers."""
+        ...
+
+    def descend(self, update: Update) -> int:
+        """Change the weights; returns how many entries were inside the masks."""
+        ...
+
+    def replay(self, updates: "Sequence[Update]") -> int:
+        """`descend` by each in turn, with the same bits."""
+        ...
+
+    def restore(self) -> None:
+        """Back to the weights that it was loaded with."""
+        ...
+
+    def digests(self) -> "Mapping[str, bytes]":
+        """SHA-256 of each tuned weight as it is now, by layer name."""
+        ...
 
 
 class Region(Protocol):

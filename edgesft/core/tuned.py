@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgesft.core.optim import Directions, derive
+from edgesft.core.directions import Directions
 from edgesft.core.protocols import Loss, Objective, Region, Shift, Theta
 from edgesft.core.region import CHUNK, Band
+from edgesft.core.schedule import derive
 
 
 class Noise(Protocol):

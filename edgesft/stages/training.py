@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgesft.core.data import Batch, Dataset
-    from edgesft.core.optim import Schedule
     from edgesft.core.protocols import Shift
+    from edgesft.core.schedule import Schedule
     from edgesft.core.tuned import Tuned
 
 DEV_POSITIONS = 8192  # supervised tokens of a dev batch at most
@@ -114,7 +114,8 @@ class Run:
 
     def _step(self, step: int) -> float:
         """One step: estimate, record, update. The record is on the disk before theta changes."""
-        from edgesft.core.optim import Directions, derive, rate
+        from edgesft.core.directions import Directions
+        from edgesft.core.schedule import derive, rate
 
         stage, began, forward = self.stage, time.perf_counter(), 0.0
         lr = rate(step, stage.steps, stage.lr, stage.schedule, stage.warmup)
@@ -247,7 +248,7 @@ class Run:
 
     def _resume(self) -> int:
         """Bring theta to where the last run was; returns how many steps are done."""
-        from edgesft.core.optim import Directions
+        from edgesft.core.directions import Directions
         from edgesft.core.protocols import Shift
 
         done = 0

@@ -25,7 +25,7 @@ def prepare(arguments):
     import torch
 
     from edgesft.core import catalog, data, models, recipe
-    from edgesft.core.optim import derive
+    from edgesft.core.schedule import derive
     from edgesft.stages.tune import Tune
 
     torch.set_num_threads(arguments.threads)

@@ -15,9 +15,10 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
+from edgesft.core.directions import Directions
 from edgesft.core.method import Method, method
-from edgesft.core.optim import Directions, derive
 from edgesft.core.protocols import Loss, Shift, Theta
+from edgesft.core.schedule import derive
 
 
 @method

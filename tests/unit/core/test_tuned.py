@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgesft.core.optim import Directions
+from edgesft.core.directions import Directions
 from edgesft.core.protocols import Shift
 from edgesft.core.region import Flat, Whole, below, kth_smallest_magnitude
 from edgesft.core.tuned import Tuned
