@@ -10,33 +10,37 @@ from edgesft.core.artifact import write_json
 from edgesft.core.errors import ArtifactError
 from edgesft.exporters import decoder
 from edgesft.exporters.description import DATA, FILE, FORMAT, MODEL
+from edgesft.exporters.dialects import tunable as tunable_dialect
 from edgesft.exporters.dialects.graph import Precision
 from edgesft.exporters.dialects.onnxruntime import build
 from edgesft.exporters.weights import Arrays
+from edgesft.kernels.perturb import ort_op
 
 TARGET = "onnx"
 
 
-def problems(model: Path, precision: Precision) -> list[str]:
+def problems(model: Path, precision: Precision, tunable: bool = False) -> list[str]:
     """Why `model` cannot be exported that way, asked before anything is written; empty if it can.
 
     Raises ArtifactError for a broken folder.
     """
     unknown = decoder.problems(model)
-    if unknown and precision.quantize != "none":
+    if unknown and (tunable or precision.quantize != "none"):
+        option = "--tunable" if tunable else f"--quantize {precision.quantize}"
         return [
-            f"`{model}` has {unknown[0]}; `--quantize {precision.quantize}` needs a family among "
+            f"`{model}` has {unknown[0]}; `{option}` needs a family among "
             + ", ".join(f"`{f}`" for f in decoder.FAMILIES)
         ]
     return []
 
 
-def export(model: Path, out: Path, precision: Precision) -> dict[str, Any]:
+def export(model: Path, out: Path, precision: Precision, tunable: bool = False) -> dict[str, Any]:
     """Write model.onnx, its data and export.json into `out`; return the metrics of the manifest.
 
+    tunable: the weights of the blocks' linear layers become inputs, see `dialects.tunable`; only in float32.
     Raises ArtifactError for a model that is broken, holds NaN or Inf, or that nothing here can export.
     """
-    found = problems(model, precision)
+    found = problems(model, precision, tunable)
     if found:
         raise ArtifactError(found[0])
     unknown = decoder.problems(model)
@@ -44,7 +48,7 @@ def export(model: Path, out: Path, precision: Precision) -> dict[str, Any]:
         console.say(f"tracing, because the direct builder does not know {unknown[0]}")
         description, by_precision = _traced(model, out)
     else:
-        description, by_precision = _direct(model, out, precision)
+        description, by_precision = _direct(model, out, precision, tunable)
     write_json(out / FILE, description)
     return {
         "bytes": sum((out / name).stat().st_size for name in (MODEL, DATA) if (out / name).exists()),
@@ -53,12 +57,22 @@ def export(model: Path, out: Path, precision: Precision) -> dict[str, Any]:
         "layers": description["layers"],
         "parameters": by_precision,
         "quantize": description["quantize"],
+        **({"tunable": len(description["tunable"]["layers"])} if tunable else {}),
     }
 
 
-def _direct(model: Path, out: Path, precision: Precision) -> tuple[dict[str, Any], dict[str, int]]:
+def _direct(
+    model: Path, out: Path, precision: Precision, tunable: bool
+) -> tuple[dict[str, Any], dict[str, int]]:
     d = decoder.describe(model)
-    built = build(d, Arrays(model), out, precision)
+    more: dict[str, Any] = {}
+    inputs: list[str] = []
+    if tunable:
+        made = tunable_dialect.build(d, Arrays(model), out)
+        built, more = made.built, {"tunable": made.table()}
+        inputs = [row["input"] for row in made.layers] + list(ort_op.OPTIONS)
+    else:
+        built = build(d, Arrays(model), out, precision)
     pairs = [f"{i}.{part}" for i in range(d.layers) for part in ("key", "value")]
     return {
         "format": FORMAT,
@@ -83,9 +97,11 @@ def _direct(model: Path, out: Path, precision: Precision) -> tuple[dict[str, Any
             "attention_mask",
             *(f"past_key_values.{p}" for p in pairs),
             "logit_positions",
+            *inputs,
         ],
         "outputs": ["logits", *(f"present.{p}" for p in pairs)],
         "weights": built.weights,
+        **more,
     }, built.precision
 
 

@@ -16,8 +16,10 @@ from edgesft.core import threads as core_threads
 from edgesft.core.errors import ArtifactError
 from edgesft.exporters import safety
 from edgesft.exporters.description import read_description
+from edgesft.exporters.mapped import Bound, map_weights
 from edgesft.exporters.readback import dequantized
 from edgesft.exporters.runtime import OnnxRunnable
+from edgesft.kernels.perturb import ort_op
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -38,7 +40,10 @@ class Probe(OnnxRunnable):
         self.threads = core_threads.resolve(threads)
         safety.check(self.path)
         model, self.hidden_names = _altered(safety.parse(self.path))
-        self.session = _open(self.path, model, self.threads)
+        weights = map_weights(self.path, self.description)
+        self.session = _open(self.path, model, self.threads, bool(weights))
+        if weights:
+            self.session = Bound(self.session, weights)
         self.kind = self.description["kind"]
         self.vocabulary = self.description["vocabulary"]
         self.context = int(self.description.get("context") or 0)
@@ -83,7 +88,7 @@ def _altered(model: Any) -> tuple[Any, list[str]]:  # noqa: ANN401 - onnx.ModelP
     return model, names
 
 
-def _open(folder: Path, model: Any, threads: int) -> Any:  # noqa: ANN401 - onnxruntime has no types
+def _open(folder: Path, model: Any, threads: int, perturbed: bool) -> Any:  # noqa: ANN401 - onnxruntime has no types
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -92,6 +97,8 @@ def _open(folder: Path, model: Any, threads: int) -> Any:  # noqa: ANN401 - onnx
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if perturbed:
+        ort_op.register(options)
     try:
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # a class of its own for each status code, of a module without types

@@ -13,6 +13,7 @@ import numpy as np
 from edgesft.core.artifact import safe_name
 from edgesft.core.errors import ArtifactError
 from edgesft.exporters.description import read_description
+from edgesft.exporters.mapped import map_weights
 from edgesft.exporters.quantize import Quantized, dequantize
 from edgesft.exporters.weights import FloatArray
 
@@ -26,13 +27,17 @@ def dequantized(exported: Path) -> Iterator[tuple[str, FloatArray]]:
     """
     from edgesft.exporters import safety
 
-    table = read_description(exported).get("weights")
+    description = read_description(exported)
+    table = description.get("weights")
     if not isinstance(table, dict) or not table:
         raise ArtifactError(f"`{exported}` has no map of its weights in export.json")
     safety.check(exported)
     initializers = {t.name: t for t in safety.parse(exported).graph.initializer}
+    mapped = map_weights(exported, description)  # inputs of the graph, in an export that can be tuned
 
     def array(name: str) -> Any:  # noqa: ANN401 - uint8 or float32
+        if name in mapped:
+            return mapped[name]
         if name not in initializers:
             raise ArtifactError(f"`{exported}` has no initializer `{name}`; export.json names it")
         return _array(exported, initializers[name])

@@ -57,13 +57,18 @@ class OnnxRunnable:
     """
 
     def __init__(self, path: Path, *, threads: int = 0, spin: bool = True, trace: Path | None = None) -> None:
-        from edgesft.exporters import safety
+        from edgesft.exporters import mapped, safety
 
         self.path = Path(path)
         self.description = read_description(self.path)
         safety.check(self.path)
         self.threads = core_threads.resolve(threads)
-        self.session = open_session(self.path / MODEL, threads=self.threads, spin=spin, trace=trace)
+        weights = mapped.map_weights(self.path, self.description)
+        self.session: Session = open_session(
+            self.path / MODEL, threads=self.threads, spin=spin, trace=trace, perturbed=bool(weights)
+        )
+        if weights:
+            self.session = mapped.Bound(self.session, weights)
         self.kind: str = self.description["kind"]
         self.vocabulary: int = self.description["vocabulary"]
         self.context: int = int(self.description.get("context") or 0)
@@ -266,11 +271,13 @@ class Growing:
         return self.prefill(np.asarray(token).reshape(self._batch, 1))
 
 
-def open_session(file: Path, *, threads: int, spin: bool = True, trace: Path | None = None) -> Session:
+def open_session(
+    file: Path, *, threads: int, spin: bool = True, trace: Path | None = None, perturbed: bool = False
+) -> Session:
     """An ONNX Runtime session on the CPU. threads: at least 1. The file must have been found safe before.
 
     trace: beginning of the name of a file for ONNX Runtime's own profile, which `end_profiling` closes and
-    names; None: not profiled.
+    names; None: not profiled. perturbed: whether the graph has operations of `kernels.perturb.ort_op`.
     Raises DeviceError if this ONNX Runtime has no implementation for an operation, ArtifactError otherwise.
     """
     import onnxruntime as ort
@@ -280,6 +287,12 @@ def open_session(file: Path, *, threads: int, spin: bool = True, trace: Path | N
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    if perturbed:
+        from edgesft.kernels.perturb import ort_op
+
+        ort_op.register(options)
+        # of what is left to ONNX Runtime only the head would gain, by a second copy of the embedding
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if trace is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(trace)

@@ -119,10 +119,15 @@ def given(**values: object) -> dict[str, Any]:
 
 
 def use_threads(count: int) -> None:
-    """Tell numeric libraries how many threads they get, before they are imported."""
+    """Tell numeric libraries how many threads they get, before they are imported.
+
+    Ranks that torchrun has started on one machine share its cores.
+    """
     from edgesft.core import threads
 
-    os.environ["OMP_NUM_THREADS"] = str(threads.resolve(count))
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
+    found = threads.resolve(count)
+    os.environ["OMP_NUM_THREADS"] = str(found if count else max(1, found // max(1, sharing)))
 
 
 def pairs(items: list[str] | None, option: str) -> dict[str, str]:
@@ -143,15 +148,19 @@ def write(
     json: bool,
     dry_run: bool,
     show: Callable[[Mapping[str, Any]], None] | None = None,
+    run: Callable[[Any, Mapping[str, Any], Path], tuple[Any, bool]] | None = None,
 ) -> Any:  # noqa: ANN401 - core.artifact.Artifact
-    """Run a writing stage and print its metrics."""
+    """Run a writing stage and print its metrics. run: instead of `core.stage.execute`; it may give no
+    artefact, where another process writes it."""
     from edgesft.core import stage as stages
 
     if dry_run:
         plan = stages.plan(stage, inputs, out)
         console.data_json(plan) if json else console.facts(plan)
         return None
-    made, ran = stages.execute(stage, inputs, out)
+    made, ran = (run or stages.execute)(stage, inputs, out)
+    if made is None:
+        return None
     result = {"kind": made.kind, "out": str(out), "digest": made.digest, "ran": ran, **made.metrics}
     if json:
         console.data_json(result)

@@ -1,7 +1,7 @@
 """Commands that make something: tune, merge, sparsify, export, run a whole recipe, generate."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,6 +41,16 @@ def tune(
     ] = None,
     sets: Sets = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Weights in memory: fp32, bf16, int8 or int4.", metavar="TYPE")
+    ] = None,
+    compute: Annotated[
+        str | None, typer.Option(help="Matrix products: native, bf16 or int8.", metavar="TYPE")
+    ] = None,
+    offload: Annotated[
+        Path | None, typer.Option(help="Folder for the layers of a model larger than memory.")
+    ] = None,
+    find_lr: Annotated[bool, typer.Option("--find-lr", help="Look for a learning rate first.")] = False,
     seed: SeedOption = None,
     threads: Threads = 0,
     template: Template = None,
@@ -59,26 +69,35 @@ def tune(
     from edgesft.core import models
     from edgesft.core import recipe as recipes
     from edgesft.stages.tune import Tune
+    from edgesft.stages.tuning import together
 
     if zo and recipe is not None:
         raise UsageError("`--zo` and `--recipe` exclude each other: `--zo` is `--recipe sparse-mezo`")
     chosen = recipes.load("sparse-mezo" if zo else recipe or "lora")
     chosen = recipes.override(chosen, sets or [], "tune")
     options = data_options(template, label_word, columns, form, skip_bad)
-    stage = Tune.from_recipe(chosen.table("tune") | given(steps=steps, seed=seed), options)
+    table = given(steps=steps, seed=seed, base=base, compute=compute, lr="auto" if find_lr else None)
+    table |= given(offload=None if offload is None else str(offload))
+    stage = Tune.from_recipe(chosen.table("tune") | table, options)
+    inputs = {"model": models.resolve(model, "model", "onnx"), "data": data_module.resolve(data, options)}
     use_threads(threads)
-    inputs = {"model": models.resolve(model), "data": data_module.resolve(data, options)}
-    write(stage, inputs, out, json=json, dry_run=dry_run)
+    write(stage, inputs, out, json=json, dry_run=dry_run, run=together.execute)
 
 
 @app.command(rich_help_panel="Stages")
 def merge(
     model: Model,
     deltas: Annotated[list[Path], typer.Argument(metavar="DELTA...", help="Deltas or PEFT LoRA adapters.")],
-    out: Out,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.")] = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Update MODEL, an export made with --tunable, by a trajectory.")
+    ] = False,
     allow_other_base: Annotated[
         bool, typer.Option(help="Merge though the delta was made on another model.")
     ] = False,
+    step: Annotated[
+        str, typer.Option(help="Of a trajectory: `last`, `best` (dev loss), or a number of steps.")
+    ] = "last",
     json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -89,9 +108,31 @@ def merge(
     from edgesft.core import delta_file, models
     from edgesft.stages.merge import Merge
 
+    if in_place == (out is not None):
+        raise UsageError("`merge` takes either `-o OUT`, a new folder, or `--in-place`, to change an export")
+    if out is None:
+        _update(model, deltas, _step(step), json=json)
+        return
     inputs = {"model": models.resolve(model)}
     inputs |= {f"delta-{i}": delta_file.resolve(str(path)) for i, path in enumerate(deltas)}
-    write(Merge(allow_other_base=allow_other_base), inputs, out, json=json, dry_run=dry_run)
+    stage = Merge(allow_other_base=allow_other_base, step=_step(step))
+    write(stage, inputs, out, json=json, dry_run=dry_run)
+
+
+def _step(text: str) -> Any:  # noqa: ANN401 - int, "best" or "last"
+    if text not in ("last", "best") and not text.isdecimal():
+        raise UsageError(f"`--step` is `{text}`, expected `last`, `best` or a number of steps")
+    return int(text) if text.isdecimal() else text
+
+
+def _update(exported: str, deltas: list[Path], step: Any, *, json: bool) -> None:  # noqa: ANN401
+    """Replay a trajectory on an exported artefact, in place."""
+    from edgesft.stages import update
+
+    if len(deltas) != 1:
+        raise UsageError(f"an export takes one trajectory at a time, got {len(deltas)}")
+    result = update.update(exported, deltas[0], step)
+    console.data_json(result) if json else console.facts(result)
 
 
 @app.command(rich_help_panel="Stages")
@@ -141,6 +182,9 @@ def export(
     out: Out,
     target: Annotated[str, typer.Option(help="onnx (tensorrt is not in this version).")] = "onnx",
     quantize: Annotated[str, typer.Option(help="none, int8 or int4.")] = "none",
+    tunable: Annotated[
+        bool, typer.Option("--tunable", help="With weights that `tune` can change on the device.")
+    ] = False,
     sets: Sets = None,
     json: Json = False,
     dry_run: DryRun = False,
@@ -154,7 +198,9 @@ def export(
     from edgesft.core.params import validate
     from edgesft.stages.export import Export
 
-    base = recipes.Recipe("export", "", {"export": {"target": target, "quantize": quantize}})
+    base = recipes.Recipe(
+        "export", "", {"export": {"target": target, "quantize": quantize, "tunable": tunable}}
+    )
     stage = validate(Export, recipes.override(base, sets or [], "export").table("export"), "export")
     write(stage, {"model": models.resolve(model)}, out, json=json, dry_run=dry_run)
 

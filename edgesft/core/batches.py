@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
+# With more tokens than this in a batch the products are bound by arithmetic, and reading every weight once
+# instead of twice saves less than the doubled activations cost. Measured; see docs/design.md.
+TOGETHER_TOKENS = 256
 BatchKind: TypeAlias = Literal["lm", "labels", "candidates"]
 
 

@@ -1,4 +1,5 @@
-"""How a change to a model is stored and read back: `delta.safetensors`, or a PEFT LoRA adapter folder.
+"""How a change to a model is stored and read back: `delta.safetensors`, a PEFT LoRA adapter folder, or
+`trajectory.safetensors`, the steps of a zeroth-order run (see `core.trajectory`).
 
 `delta.safetensors` holds `<layer>.<theta name>`, `<layer>.region.mask` or `.region.index` (which entries),
 and for weights that were tuned in place `<layer>.exact.index` and `.exact.value`: the few entries that base +
@@ -6,10 +7,11 @@ float32 difference does not give back bit for bit (those that came much closer t
 method and each layer's shape and region. No pickle is ever read.
 """
 
+import copy
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -18,12 +20,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from edgesft.core import artifact, catalog
+from edgesft.core import artifact, catalog, trajectory
 from edgesft.core.artifact import Artifact
+from edgesft.core.codes import quantize
 from edgesft.core.errors import ArtifactError, UsageError
-from edgesft.core.protocols import Region, Theta
+from edgesft.core.protocols import Mask, Region, Theta, Update
 from edgesft.core.region import Flat, Whole
-from edgesft.core.tuned import Tuned
+from edgesft.core.replay import Replay
+from edgesft.core.tuned import Tuned, digest
 from edgesft.core.weights import Planned, Weights, check_finite, dtype_name, write_file
 
 FILE = "delta.safetensors"
@@ -58,8 +62,13 @@ def resolve(ref: str) -> Artifact:
     return Artifact(path, "delta", artifact.digest_folder(path), ref)
 
 
-def load(path: Path) -> Delta:
-    """The delta in a folder. Raises ArtifactError when it is broken or of a form that cannot be merged."""
+def load(path: Path, *, step: trajectory.Chosen = "last", allow_other_base: bool = False) -> Delta:
+    """The delta in a folder. Raises ArtifactError when it is broken or of a form that cannot be merged.
+
+    step, allow_other_base: of a trajectory; see `TrajectoryDelta`.
+    """
+    if (path / trajectory.FILE).is_file():
+        return TrajectoryDelta(path / trajectory.FILE, step=step, allow_other_base=allow_other_base)
     return StoredDelta(path / FILE) if (path / FILE).is_file() else PeftAdapter(path)
 
 
@@ -95,14 +104,14 @@ def save(out: Path, tuned: Tuned, method: Mapping[str, Any], base: Base) -> None
         return
     stored = _Stored(tuned, base)
     plan, layers = [], {}
-    for name, layer in tuned.layers.items():
+    for name in tuned.layers:
         tensors = stored.of(name)
         plan += [
             Planned(f"{name}.{key}", dtype_name(t.dtype), tuple(t.shape))
             for key, t in sorted(tensors.items())
         ]
         theta = [key for key in tensors if key not in _EXTRA]
-        layers[name] = {"shape": list(layer.base.weight.shape), "theta": theta}
+        layers[name] = {"shape": list(tuned.shapes[name]), "theta": theta}
     metadata = {"format": "edgesft.delta", "version": "1"}
     metadata |= {"delta": json.dumps(dict(method)), "layers": json.dumps(layers)}
     write_file(out / FILE, plan, stored.get, metadata)
@@ -131,11 +140,13 @@ class _Stored:
 
     def _make(self, name: str) -> Theta:
         layer = self._tuned.layers[name]
-        weight = layer.base.weight.detach()
+        weight = layer.weight.detach()
         if self._tuned.in_place:
             return changes(self._base(name), weight)
         theta = {key: p.detach() for key, p in layer.theta.items()}
-        return theta if hasattr(layer.delta, "output") else theta | positions(layer.region, weight)
+        if hasattr(layer.delta, "output") or layer.region is None:
+            return theta
+        return theta | positions(layer.region, weight)
 
 
 def changes(base: Tensor, tuned: Tensor) -> Theta:
@@ -264,6 +275,51 @@ def _within(index: Tensor, numel: int) -> Tensor:
     if long.numel() and (int(long[0]) < 0 or int(long[-1]) >= numel or bool((long.diff() <= 0).any())):
         raise IndexError("positions outside the tensor or not ascending")
     return long
+
+
+class TrajectoryDelta:
+    """`trajectory.safetensors`, replayed layer by layer when it is asked for.
+
+    step: up to which step of the run. allow_other_base: replay also on weights that the run did not start
+    from. Raises UsageError if the run has no such step. replay: steps, seconds and whether it is verified.
+    """
+
+    def __init__(
+        self, path: Path, *, step: trajectory.Chosen = "last", allow_other_base: bool = False
+    ) -> None:
+        run = trajectory.load(path)
+        self.replay = Replay(run, step, allow_other_base=allow_other_base, source=path)
+        self.layers = frozenset(run.layers)
+        self._dtype = run.settings.dtype
+
+    def effective(self, layer: str, weight: Tensor) -> Tensor:
+        """Cast as the run held it, replayed and checked; then float32, which of fp64 rounds."""
+        if self._dtype == "fp32":
+            array = np.array(weight.detach().numpy(), dtype=np.float32, order="C")  # a copy
+            return torch.from_numpy(self.replay.run(layer, array))
+        found = self.replay.run(layer, _held(weight, self._dtype), _Torch())
+        return found.float() if isinstance(found, Tensor) else found.dequantize()
+
+
+def _held(weight: Tensor, dtype: str) -> Any:  # noqa: ANN401 - a Tensor or a Quantized
+    """A fresh copy of a float32 weight in the form in which a run holds it: `bf16`, `fp64`, `int8-32`."""
+    if dtype in ("bf16", "fp64"):
+        return weight.to(torch.bfloat16 if dtype == "bf16" else torch.float64, copy=True)
+    bits, _, group = dtype.removeprefix("int").partition("-")
+    return quantize(weight, 8 if bits == "8" else 4, int(group))
+
+
+class _Torch:
+    """Weights as tensors, quantised or not; see `replay.Machine`."""
+
+    def digest(self, held: Any) -> bytes:  # noqa: ANN401 - a Tensor or a Quantized
+        return digest(held)
+
+    def copy(self, held: Any) -> Any:  # noqa: ANN401
+        return held.clone() if isinstance(held, Tensor) else copy.deepcopy(held)
+
+    def replay(self, held: Any, updates: Sequence[Update], *, tensor: int, mask: Mask) -> None:  # noqa: ANN401
+        catalog.runtime("kernels.perturb").replay_(held, updates, tensor=tensor, mask=mask)
 
 
 class PeftAdapter:

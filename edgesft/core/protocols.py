@@ -78,8 +78,20 @@ class Loss(Protocol):
 class Tunable(Protocol):
     """A model under zeroth-order tuning in place: loaded in torch, or an exported artefact in its runtime."""
 
-    masks: "Mapping[str, Mask]"  # layer name -> which entries of its weight may change
-    shapes: "Mapping[str, tuple[int, int]]"  # layer name -> (out, in) of its weight
+    @property
+    def masks(self) -> "Mapping[str, Mask]":
+        """Layer name -> which entries of its weight may change."""
+        ...
+
+    @property
+    def shapes(self) -> "Mapping[str, tuple[int, int]]":
+        """Layer name -> (out, in) of its weight."""
+        ...
+
+    @property
+    def trainable(self) -> int:
+        """How many entries may change."""
+        ...
 
     def loss(self, objective: "Objective", batch: "ArrayBatch") -> Loss:
         """The mean loss of one batch as a function of the shift."""

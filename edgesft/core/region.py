@@ -1,19 +1,25 @@
-"""Which entries of one weight may change: all, a band of magnitudes, or a fixed list of positions.
+"""Which entries of one weight may change: all, a band of magnitudes, a random share, or a list of positions.
 
-A band is two floats, so it can be found again from the weights wherever it is needed; a list is stored.
+A band is two floats and a share a seed, so they are found again wherever they are needed; a list is stored.
+Importing this module does not import torch: regions are also chosen for weights that are numpy arrays.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from edgesft.core import catalog
+from edgesft.core.errors import UsageError
+from edgesft.core.protocols import Mask
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    from torch import Tensor
+
+Weight: TypeAlias = "Tensor | npt.NDArray[Any]"  # (out, in), floating point
 
 CHUNK = 1 << 20  # entries looked at together: 8 MB of temporary integers
 
@@ -25,17 +31,21 @@ class Band:
     low: float = 0.0
     high: float = math.inf
 
-    def numel(self, w: Tensor) -> int:
+    def rule(self) -> Mask:
+        """The same as the kernels take it, which find it again in each pass."""
+        return Mask(self.low, self.high)
+
+    def numel(self, w: "Tensor") -> int:
         return int(self.mask(w).sum())
 
-    def mask(self, w: Tensor) -> Tensor:
+    def mask(self, w: "Tensor") -> "Tensor":
         magnitude = w.detach().abs()
         return (magnitude >= self.low) & (magnitude <= self.high)
 
-    def take(self, w: Tensor) -> Tensor:
+    def take(self, w: "Tensor") -> "Tensor":
         return w[self.mask(w)]
 
-    def add(self, w: Tensor, values: Tensor) -> Tensor:
+    def add(self, w: "Tensor", values: "Tensor") -> "Tensor":
         """w (any shape) with values (numel,) added to the entries of the region, in row-major order."""
         mask = self.mask(w)
         return w.masked_scatter(mask, w[mask] + values)
@@ -45,17 +55,45 @@ class Band:
 class Whole(Band):
     """Every entry."""
 
-    def numel(self, w: Tensor) -> int:
+    def numel(self, w: "Tensor") -> int:
         return w.numel()
 
-    def mask(self, w: Tensor) -> Tensor:
+    def mask(self, w: "Tensor") -> "Tensor":
+        import torch
+
         return torch.ones_like(w, dtype=torch.bool)
 
-    def take(self, w: Tensor) -> Tensor:
+    def take(self, w: "Tensor") -> "Tensor":
         return w.flatten()
 
-    def add(self, w: Tensor, values: Tensor) -> Tensor:
+    def add(self, w: "Tensor", values: "Tensor") -> "Tensor":
         return w + values.view_as(w)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scattered(Band):
+    """A random share keep / 256 of the entries in the band, by counter-based bytes of `seed`.
+
+    tensor: name of the parameter, which with the seed decides the bytes; needed by all but `rule`.
+    """
+
+    keep: int
+    seed: int
+    tensor: str = ""
+
+    def rule(self) -> Mask:
+        return Mask(self.low, self.high, self.keep, self.seed)
+
+    def mask(self, w: "Tensor") -> "Tensor":
+        """w: the whole tensor, not a part. Raises UsageError where the bytes cannot be drawn."""
+        import torch
+
+        kernel = catalog.runtime("kernels.perturb")
+        inside = getattr(catalog.runtime("kernels.perturb.host"), "inside", None)
+        if inside is None or not self.tensor:
+            raise UsageError("a random share of the weights can be tuned in place only", "delta.use=sparse")
+        found = inside(w.detach().float().cpu().numpy(), self.rule(), kernel.tensor_id(self.tensor))
+        return torch.from_numpy(found).to(w.device)
 
 
 def below(high: float) -> Band:
@@ -72,42 +110,54 @@ def above(low: float) -> Band:
 class Flat:
     """A fixed list of positions. index: (numel,) int64, ascending positions in the flattened tensor."""
 
-    index: Tensor
+    index: "Tensor"
 
-    def numel(self, w: Tensor) -> int:
+    def numel(self, w: "Tensor") -> int:
         return self.index.numel()
 
-    def mask(self, w: Tensor) -> Tensor:
+    def mask(self, w: "Tensor") -> "Tensor":
+        import torch
+
         flat = torch.zeros(w.numel(), dtype=torch.bool, device=w.device)
         flat[self.index] = True
         return flat.view(w.shape)
 
-    def take(self, w: Tensor) -> Tensor:
+    def take(self, w: "Tensor") -> "Tensor":
         return w.flatten()[self.index]
 
-    def add(self, w: Tensor, values: Tensor) -> Tensor:
+    def add(self, w: "Tensor", values: "Tensor") -> "Tensor":
         flat = w.flatten()
         return flat.index_put((self.index,), flat[self.index] + values).view(w.shape)
 
 
-def kth_smallest_magnitude(w: Tensor, k: int) -> float:
-    """The k-th smallest |w|, 1 <= k <= numel, exactly, with no copy of the tensor.
+def kth_smallest_magnitude(w: "Weight", k: int) -> float:
+    """The k-th smallest |w|, 1 <= k <= size, exactly, with no copy of the tensor.
 
     The bits of a non-negative float32 sort as integers do, so two counting passes over 16 bits each find
     the value. float64 (tests only) is sorted. NaN must have been refused before.
     """
-    if w.dtype is torch.float64:
-        return float(w.detach().abs().flatten().kthvalue(k).values)
-    flat = w.detach().reshape(-1)
+    flat = w.reshape(-1) if isinstance(w, np.ndarray) else w.detach().reshape(-1)
+    if _part(flat, 0, 0).dtype == np.float64:
+        magnitude = np.abs(_part(flat, 0, len(flat)))
+        return float(np.partition(magnitude, k - 1)[k - 1])
     high, before = _locate(_counts(bits >> 16 for bits in _bits(flat)), k)
     low, _ = _locate(_counts(bits[bits >> 16 == high] & 0xFFFF for bits in _bits(flat)), k - before)
     return float(np.array([high << 16 | low], dtype=np.uint32).view(np.float32)[0])
 
 
-def _bits(flat: Tensor) -> "Iterator[npt.NDArray[np.int64]]":
+def _part(flat: "Weight", start: int, end: int) -> "npt.NDArray[Any]":
+    """A part of a flat weight as numpy, float64 as it is and every other type as float32."""
+    part = flat[start:end]
+    if not isinstance(part, np.ndarray):
+        part = part.cpu()
+        part = (part if part.element_size() == 8 else part.float()).numpy()
+    return part if part.dtype == np.float64 else part.astype(np.float32, copy=False)
+
+
+def _bits(flat: "Weight") -> "Iterator[npt.NDArray[np.int64]]":
     """Bit patterns of |w| as integers, chunk by chunk."""
-    for start in range(0, flat.numel(), CHUNK):
-        chunk = flat[start : start + CHUNK].float().cpu().numpy()
+    for start in range(0, len(flat), CHUNK):
+        chunk = _part(flat, start, start + CHUNK)
         yield chunk.view(np.int32).astype(np.int64) & 0x7FFFFFFF
 
 

@@ -1,23 +1,32 @@
 """Put a delta between a model and its linear layers, and describe a zeroth-order shift to all of them.
 
 Two ways, decided by the stage:
-* in place: theta is the weight. Under a shift the forward pass adds the noise chunk by chunk to a temporary;
-  the stored weight changes only in `descend`.
+* in place: theta is the weight. Under a shift the forward pass makes the perturbed weight strip by strip in
+  front of the product; the stored weight changes only in `descend`.
 * beside: theta is small and trained next to the frozen weight; a shift makes a shifted copy of theta.
+
+Losses at several shifts can come out of one pass: the batch is stacked, and every group of its rows meets
+another shift of the same weights, which are read once.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Protocol
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgesft.core.directions import Directions
-from edgesft.core.protocols import Loss, Objective, Region, Shift, Theta
-from edgesft.core.region import CHUNK, Band
+from edgesft.core import catalog
+from edgesft.core.batches import TOGETHER_TOKENS, ArrayBatch
+from edgesft.core.protocols import Mask, Objective, Region, Shift, Theta, Update
+from edgesft.core.region import Band
 from edgesft.core.schedule import derive
+
+Compute: TypeAlias = Literal["native", "bf16", "int8"]
+EVERYTHING = Mask()
 
 
 class Noise(Protocol):
@@ -25,42 +34,63 @@ class Noise(Protocol):
 
     def tensor_id(self, name: str) -> int: ...
 
-    def noise(self, shape: tuple[int, ...], seed: int, tensor: int, *, device: torch.device) -> Tensor: ...
+    def noise(
+        self,
+        shape: tuple[int, ...],
+        seed: int,
+        tensor: int,
+        *,
+        device: torch.device,
+        law: str,
+        rank: int,
+    ) -> Tensor: ...
 
     def perturbed_linear(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Any,  # noqa: ANN401 - a Tensor or a Quantized
         bias: Tensor | None,
         *,
-        seed: int,
+        shifts: Sequence[Shift | None],
         tensor: int,
-        scale: float,
-        low: float,
-        high: float,
+        mask: Mask,
+        compute: str,
     ) -> Tensor: ...
 
-    def add_noise_(
-        self, weight: Tensor, *, seed: int, tensor: int, scale: float, low: float, high: float
+    def descend_(
+        self,
+        weight: Any,  # noqa: ANN401 - a Tensor or a Quantized
+        *,
+        shifts: Sequence[Shift],
+        tensor: int,
+        mask: Mask,
+        shrink: float,
+        rounding: int | None,
     ) -> int: ...
+
+    def replay_(self, weight: Any, updates: Sequence[Update], *, tensor: int, mask: Mask) -> int: ...  # noqa: ANN401
 
 
 class Setting:
-    """Where all layers of one model are now: the shift of this forward pass and the progress of the run."""
+    """Where all layers of one model are now: the shifts of this forward pass and the progress of the run."""
 
-    def __init__(self) -> None:
-        self.shift: Shift | None = None
+    def __init__(self, compute: Compute) -> None:
+        self.shifts: tuple[Shift | None, ...] = (None,)
         self.progress = 0.0
+        self.compute = compute
 
 
 class TunedLinear(nn.Module):
-    """A linear layer with its delta. base is never replaced; theta holds plain tensors, not parameters."""
+    """A linear layer with its delta. base is never replaced; theta holds plain tensors, not parameters.
+
+    region None: the layer is not trained and only takes part in the precision of the products.
+    """
 
     def __init__(
         self,
         name: str,
-        base: nn.Linear,
-        region: Region,
+        base: nn.Module,
+        region: Region | None,
         delta: Any,  # noqa: ANN401 - a WeightDelta or an OutputDelta
         theta: Theta,
         setting: Setting,
@@ -71,165 +101,320 @@ class TunedLinear(nn.Module):
         self.name, self.region, self.delta, self.theta = name, region, delta, theta
         self._setting, self._kernel = setting, kernel
         self._beside = hasattr(delta, "output")
+        self._tensor = kernel.tensor_id(f"{name}.weight")
+        self._mask = region.rule() if isinstance(region, Band) and not theta else EVERYTHING
 
     @property
     def in_place(self) -> bool:
         return not self.theta
 
     @property
+    def stored(self) -> Any:  # noqa: ANN401 - a Tensor or a Quantized
+        """The weight as it lies in memory."""
+        return stored(self.base)
+
+    @property
     def weight(self) -> Tensor:
-        return self.base.weight
+        return floats(self.base)
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base.bias
+        found: Tensor | None = self.base.bias  # type: ignore[assignment,unused-ignore]
+        return found
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        weight, bias, shift = self.base.weight, self.base.bias, self._setting.shift
-        if self.in_place:
-            if shift is None:
-                return functional.linear(x, weight, bias)
-            low, high = band(self.region)
-            tensor = self._kernel.tensor_id(f"{self.name}.weight")
-            return self._kernel.perturbed_linear(
-                x, weight, bias, seed=shift.seed, tensor=tensor, scale=shift.scale, low=low, high=high
-            )
-        theta = self.theta if shift is None else self._shifted(shift)
-        if self._beside:
-            changed: Tensor = self.delta.output(x, functional.linear(x, weight, bias), theta)
-            return changed
-        return functional.linear(
-            x, self.delta.effective(weight, self.region, theta, self._setting.progress), bias
+    def forward(self, x: Tensor) -> Tensor:  # (groups * n, ..., in) -> (groups * n, ..., out)
+        setting = self._setting
+        if not self.theta:
+            shifts = setting.shifts if self.region is not None else (None,)
+            return self._product(x, shifts)
+        if setting.shifts == (None,):
+            return self._moved(x, None, self._product(x, (None,)) if self._beside else None)
+        parts = x.chunk(len(setting.shifts))
+        base = self._product(x, (None,)).chunk(len(parts)) if self._beside else [None] * len(parts)
+        moved = [self._moved(p, s, y) for p, s, y in zip(parts, setting.shifts, base, strict=True)]
+        return moved[0] if len(moved) == 1 else torch.cat(moved)
+
+    def _product(self, x: Tensor, shifts: Sequence[Shift | None]) -> Tensor:
+        weight, compute = self.stored, self._setting.compute
+        if compute == "native" and all(s is None for s in shifts) and isinstance(weight, Tensor):
+            return functional.linear(x, weight, self.bias)
+        return self._kernel.perturbed_linear(
+            x,
+            weight,
+            self.bias,
+            shifts=shifts,
+            tensor=self._tensor,
+            mask=self._mask,
+            compute=compute,
         )
+
+    def _moved(self, x: Tensor, shift: Shift | None, y: Tensor | None) -> Tensor:
+        """The output with theta, shifted or not. y: that of the frozen layer, for a delta beside it."""
+        theta = self.theta if shift is None else self._shifted(shift)
+        if y is not None:
+            changed: Tensor = self.delta.output(x, y, theta)
+            return changed
+        weight = self.delta.effective(self.weight, self.region, theta, self._setting.progress)
+        return functional.linear(x, weight.to(x.dtype), self.bias)
 
     def _shifted(self, shift: Shift) -> Theta:
         def move(name: str, p: Tensor) -> Tensor:
             tensor = self._kernel.tensor_id(f"{self.name}.{name}")
-            z = self._kernel.noise(tuple(p.shape), shift.seed, tensor, device=p.device)
+            z = self._kernel.noise(
+                tuple(p.shape), shift.seed, tensor, device=p.device, law=shift.law, rank=shift.rank
+            )
             return torch.add(p, z.to(p), alpha=shift.scale)
 
         return {name: move(name, p) for name, p in self.theta.items()}
 
 
-def band(region: Region) -> tuple[float, float]:
-    """(low, high) of a region that is a band of magnitudes."""
-    if not isinstance(region, Band):
-        raise TypeError(f"{region} is not a band of magnitudes")
-    return region.low, region.high
+def stored(base: nn.Module) -> Any:  # noqa: ANN401 - a Tensor or a Quantized
+    """The weight of a linear layer as it lies in memory."""
+    quantized = getattr(base, "quantized", None)
+    return base.weight.data if quantized is None else quantized
+
+
+def floats(base: nn.Module) -> Tensor:
+    """The weight of a linear layer in floating point; made new where it is quantised."""
+    found: Tensor = base.weight if getattr(base, "quantized", None) is None else base.quantized.dequantize()  # type: ignore[assignment,union-attr,operator]
+    return found
 
 
 class Tuned:
     """A model whose linear layers `regions` names are tuned. Use as a context: layers are put back at exit.
 
-    regions: layer name -> which entries may change. delta: a method of the axis `delta`.
-    in_place: theta is the weight itself; every region must be a band.
+    layers: every linear layer of the blocks. regions: layer name -> which entries may change. delta: a method
+    of the axis `delta`. in_place: theta is the weight itself; every region must be a band.
+    base: gives the pretrained weight of a layer by its name, for `restore`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, nn.Linear],
+        layers: Mapping[str, nn.Module],
         regions: Mapping[str, Region],
         delta: Any,  # noqa: ANN401 - a WeightDelta or an OutputDelta
         *,
         in_place: bool,
         kernel: Noise,
         seed: int,
+        compute: Compute = "native",
+        base: Any = None,  # noqa: ANN401 - Callable[[str], Tensor | Quantized]
+        prefix: Any = None,  # noqa: ANN401 - core.prefix.Prefix
+        offload: Any = None,  # noqa: ANN401 - core.offload.Offload
     ) -> None:
         self.model, self.in_place, self._kernel = model, in_place, kernel
-        self.setting = Setting()
+        self.setting = Setting(compute)
+        self.prefix, self._base, self._offload = prefix, base, offload
         self.layers: dict[str, TunedLinear] = {}
+        self._others: dict[str, TunedLinear] = {}
+        if in_place and not all(isinstance(region, Band) for region in regions.values()):
+            raise TypeError("weights are tuned in place inside bands of magnitudes only")
         model.requires_grad_(False)
-        for name, region in regions.items():
-            base = layers[name]
-            theta = {} if in_place else _initial(delta, base, region, derive(seed, "theta", name))
-            self.layers[name] = TunedLinear(name, base, region, delta, theta, self.setting, kernel)
+        for name, linear in layers.items():
+            region = regions.get(name)
+            if region is not None:
+                theta = {} if in_place else _initial(delta, linear, region, derive(seed, "theta", name))
+                self.layers[name] = TunedLinear(name, linear, region, delta, theta, self.setting, kernel)
+            elif compute != "native":
+                self._others[name] = TunedLinear(name, linear, None, delta, {}, self.setting, kernel)
 
     def __enter__(self) -> "Tuned":
-        for name, layer in self.layers.items():
+        for name, layer in (self.layers | self._others).items():
             _replace(self.model, name, layer)
+            if self._offload is not None:
+                self._offload.attach(name, layer)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name, layer in self.layers.items():
+        for name, layer in (self.layers | self._others).items():
+            if self._offload is not None:
+                self._offload.detach(layer)
             _replace(self.model, name, layer.base)
 
     @property
     def theta(self) -> Theta:
-        """What is trained, by `<layer>.<name>`; in place the weights themselves."""
-        if self.in_place:
-            return {f"{name}.weight": layer.base.weight.data for name, layer in self.layers.items()}
+        """What is trained beside the weights, by `<layer>.<name>`; in place nothing."""
         return {f"{name}.{key}": p for name, layer in self.layers.items() for key, p in layer.theta.items()}
+
+    @property
+    def masks(self) -> dict[str, Mask]:
+        return {name: rule(layer.region) for name, layer in self.layers.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return {name: _shape(layer.base) for name, layer in self.layers.items()}
+
+    @property
+    def entries(self) -> int:
+        """Entries of all weights that a delta is put on."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
     def trainable(self) -> int:
         """How many values may change."""
-        if self.in_place:
-            return sum(layer.region.numel(layer.base.weight) for layer in self.layers.values())
-        return sum(p.numel() for p in self.theta.values())
+        if not self.in_place:
+            return sum(p.numel() for p in self.theta.values())
+        found = 0
+        for name, layer in self.layers.items():
+            mask = rule(layer.region)
+            with self._held(name):
+                found += round(mask.keep / 256 * Band(mask.low, mask.high).numel(layer.weight))
+        return found
+
+    def typical(self) -> float:
+        """The median of |w| over the entries that may change, of a sample of each layer."""
+        found = []
+        for name, layer in self.layers.items():
+            mask = rule(layer.region)
+            with self._held(name):
+                sample = layer.weight.detach().flatten()[:65_536].abs().float()
+            inside = sample[(sample >= mask.low) & (sample <= mask.high)]
+            if inside.numel():
+                found.append(float(inside.median()))
+        return sorted(found)[len(found) // 2] if found else 0.0
 
     @contextmanager
-    def shifted(self, shift: Shift | None) -> Iterator[None]:
-        """Every forward pass inside runs at theta + scale * z(seed)."""
-        before, self.setting.shift = self.setting.shift, shift
+    def shifted(self, *shifts: Shift | None) -> Iterator[None]:
+        """Every forward pass inside runs at theta + scale * z(seed); one equal group of rows for each."""
+        before, self.setting.shifts = self.setting.shifts, shifts
         try:
             yield
         finally:
-            self.setting.shift = before
+            self.setting.shifts = before
 
-    def loss(self, objective: Objective, batch: Any) -> Loss:  # noqa: ANN401 - core.batches.Batch
+    def loss(self, objective: Objective, batch: Any) -> "TorchLoss":  # noqa: ANN401 - ArrayBatch or Batch
         """The loss on one batch as a function of the shift."""
+        return TorchLoss(self, objective, batch)
 
-        def at(shift: Shift | None) -> Tensor:
-            with self.shifted(shift):
-                return objective.loss(self.model, batch, None)
+    def assess(self, batch: ArrayBatch) -> tuple[float, int | None]:
+        """(mean task loss, right answers) at the present weights."""
+        task: Any = catalog.load("objective", "task")()
+        with torch.no_grad(), self.serving(batch):
+            found: tuple[float, int | None] = task.assess(self.model, batch.torch())
+        return found
 
-        return at
+    def serving(self, batch: Any) -> AbstractContextManager[Any]:  # noqa: ANN401 - ArrayBatch or Batch
+        """The states below the first tuned block out of their cache, where there is one."""
+        if self.prefix is None or not isinstance(batch, ArrayBatch):
+            return nullcontext()
+        serving: AbstractContextManager[Any] = self.prefix.serving(batch)
+        return serving
+
+    # ------------------------------------------------------------ in place
 
     @torch.no_grad()
-    def descend(self, gradient: Directions, lr: float, decay: float = 0.0) -> int:
-        """In place: w <- w - lr * gradient inside the region, chunk by chunk. Returns the active entries.
-
-        The region is that of the weights before the update, also with several directions. Weight decay
-        touches the active entries only, and comes first.
-        """
+    def descend(self, update: Update) -> int:
+        """w <- shrink w + sum of scale * z inside the masks, which are those of w before."""
         active = 0
         for name, layer in self.layers.items():
-            weight, tensor = layer.base.weight, self._kernel.tensor_id(f"{name}.weight")
-            low, high = band(layer.region)
-            if decay:
-                _shrink_(weight, layer.region, 1 - lr * decay)
-            if len(gradient.shifts) == 1:
-                shift = gradient.shifts[0]
-                active += self._kernel.add_noise_(
-                    weight, seed=shift.seed, tensor=tensor, scale=-lr * shift.scale, low=low, high=high
+            with self._held(name) as weight:
+                active += self._kernel.descend_(
+                    weight,
+                    shifts=update.shifts,
+                    tensor=layer._tensor,
+                    mask=layer._mask,
+                    shrink=update.shrink,
+                    rounding=update.rounding,
                 )
-                continue
-            total = torch.zeros_like(weight)
-            for shift in gradient.shifts:
-                z = self._kernel.noise(tuple(weight.shape), shift.seed, tensor, device=weight.device)
-                total.add_(z.to(weight), alpha=-lr * shift.scale)
-            mask = layer.region.mask(weight)
-            weight.add_(total.mul_(mask))
-            active += int(mask.sum())
         return active
 
+    @torch.no_grad()
+    def replay(self, updates: Sequence[Update]) -> int:
+        """`descend` by each in turn; a strip of a weight takes all of them while it is in the cache."""
+        active = 0
+        for name, layer in self.layers.items():
+            with self._held(name) as weight:
+                active += self._kernel.replay_(weight, updates, tensor=layer._tensor, mask=layer._mask)
+        return active
 
-def _initial(delta: Any, base: nn.Linear, region: Region, seed: int) -> Theta:  # noqa: ANN401 - any delta
-    rng = torch.Generator(device=base.weight.device).manual_seed(seed)
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Back to the pretrained weights, read again."""
+        for name in self.layers:
+            with self._held(name) as weight:
+                copy_(weight, self._base(name))
+
+    def digests(self) -> dict[str, bytes]:
+        """SHA-256 of each tuned weight as it lies in memory."""
+        found = {}
+        for name in self.layers:
+            with self._held(name) as weight:
+                found[name] = digest(weight)
+        return found
+
+    def _held(self, name: str) -> AbstractContextManager[Any]:
+        """The stored weight of a layer, to be read and written."""
+        if self._offload is not None:
+            held: AbstractContextManager[Any] = self._offload.weight(name)
+            return held
+        return nullcontext(self.layers[name].stored)
+
+
+class TorchLoss:
+    """The loss of one batch as a function of the shift; see `core.protocols.Loss`."""
+
+    def __init__(self, tuned: Tuned, objective: Any, batch: Any) -> None:  # noqa: ANN401
+        self._tuned, self._objective, self._arrays = tuned, objective, batch
+        self._batch = batch.torch() if isinstance(batch, ArrayBatch) else batch
+
+    @property
+    def prefers_together(self) -> bool:
+        """Whether one stacked pass is expected to beat one pass for each shift."""
+        tokens = self._batch.input_ids.numel()
+        return self._tuned._offload is not None or tokens <= TOGETHER_TOKENS
+
+    def __call__(self, shift: Shift | None = None) -> Tensor:
+        recording = torch.is_grad_enabled() and shift is None
+        tuned = self._tuned
+        with torch.set_grad_enabled(recording), tuned.serving(self._arrays), tuned.shifted(shift):
+            found: Tensor = self._objective.loss(tuned.model, self._batch, None)
+        return found
+
+    def together(self, shifts: Sequence[Shift | None]) -> Sequence[float]:
+        """The losses at several shifts from one pass over the weights."""
+        tuned = self._tuned
+        with torch.no_grad(), tuned.serving(self._arrays), tuned.shifted(*shifts):
+            losses: Tensor = self._objective.losses(tuned.model, self._batch, len(shifts))
+        return [float(value) for value in losses]
+
+
+def rule(region: Region | None) -> Mask:
+    """The mask of a region that is a band of magnitudes."""
+    if not isinstance(region, Band):
+        raise TypeError(f"{region} is not a band of magnitudes")
+    return region.rule()
+
+
+def digest(weight: Any) -> bytes:  # noqa: ANN401 - a Tensor or a Quantized
+    """SHA-256 of the bytes of a weight, of a quantised one of its codes and scales."""
+    found = hashlib.sha256()
+    for tensor in (weight,) if isinstance(weight, Tensor) else (weight.codes, weight.scales):
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return found.digest()
+
+
+def copy_(weight: Any, source: Any) -> None:  # noqa: ANN401 - each a Tensor or a Quantized
+    """Overwrite a stored weight by another of its kind."""
+    if isinstance(weight, Tensor):
+        weight.copy_(source)
+        return
+    weight.codes.copy_(source.codes)
+    weight.scales.copy_(source.scales)
+
+
+def _shape(base: nn.Module) -> tuple[int, int]:
+    return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
+
+
+def _initial(delta: Any, base: nn.Module, region: Region, seed: int) -> Theta:  # noqa: ANN401 - any delta
+    held = stored(base)
+    device = held.device if isinstance(held, Tensor) else held.codes.device
+    rng = torch.Generator(device=device).manual_seed(seed)
     theta: Theta = (
-        delta.init_output(base, rng)
-        if hasattr(delta, "output")
-        else delta.init(base.weight.detach(), region, rng)
+        delta.init_output(base, rng) if hasattr(delta, "output") else delta.init(floats(base), region, rng)
     )
     return theta
-
-
-def _shrink_(weight: Tensor, region: Region, factor: float) -> None:
-    rows = max(1, CHUNK // weight.shape[1])
-    for start in range(0, weight.shape[0], rows):
-        part = weight[start : start + rows]
-        part.copy_(torch.where(region.mask(part), part * factor, part))
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

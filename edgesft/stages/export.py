@@ -21,7 +21,9 @@ class Export:
 
     quantize: `int8` and `int4` cut matrices into blocks of `group` inputs with a scale each; exact zeros
     stay zero. accuracy_level: 4 computes in int8 (fast), 0 in float32 (exact), as MatMulNBits has it.
-    Raises UsageError for an unknown target, DeviceError for one that this version cannot write.
+    tunable: the result can be tuned where it runs, and needs a C++ compiler there.
+    Raises UsageError for an unknown target and for quantised weights that are to be tuned, DeviceError for a
+    target that this version cannot write.
     """
 
     name: ClassVar[str] = "export"
@@ -34,12 +36,20 @@ class Export:
     group: Annotated[Literal[16, 32, 64, 128, 256], Field(description="inputs that share a scale")] = 32
     accuracy_level: Annotated[Literal[0, 1, 4], Field(description="4: int8 arithmetic; 0 or 1: float32")] = 4
     mixed: Annotated[bool, Field(description="int4 keeps the down projections at 8 bits")] = True
+    tunable: Annotated[bool, Field(description="weights can be tuned on the device, by forward passes")] = (
+        False
+    )
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise UsageError(f"there is no export target `{self.target}`", nearest(self.target, TARGETS))
         if self.target == "tensorrt":
             raise DeviceError("the target `tensorrt` is not available in this version", "use `--target onnx`")
+        if self.tunable and self.quantize != "none":
+            raise UsageError(
+                f"`--tunable` is for weights in float32, `--quantize` is `{self.quantize}`",
+                "leave out one of the two",
+            )
 
     def params(self) -> dict[str, Any]:
         """Every field."""
@@ -52,13 +62,17 @@ class Export:
 
     def problems(self, inputs: Mapping[str, Artifact]) -> list[str]:
         """Whether the architecture can be exported at this precision."""
-        found: list[str] = runtime("exporters.onnx").problems(inputs["model"].path, self._precision())
+        found: list[str] = runtime("exporters.onnx").problems(
+            inputs["model"].path, self._precision(), self.tunable
+        )
         return found
 
     def run(self, inputs: Mapping[str, Artifact], work: Workdir) -> dict[str, Any]:
         """Write the folder; metrics: bytes, builder, layers, parameters by precision, pattern and density."""
         model = inputs["model"]
-        metrics: dict[str, Any] = runtime("exporters.onnx").export(model.path, work.path, self._precision())
+        metrics: dict[str, Any] = runtime("exporters.onnx").export(
+            model.path, work.path, self._precision(), self.tunable
+        )
         models.copy_files(model.path, work.path)
         return metrics | {key: carried(model, key) for key in _CARRIED}
 

@@ -7,19 +7,23 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from edgesft.core.artifact import Artifact, Workdir
+from edgesft.core.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgesft.core.delta_file import Delta
+    from edgesft.core.console import Bar
+    from edgesft.core.delta_file import Delta, TrajectoryDelta
     from edgesft.core.weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """MODEL + DELTA... -> model. Several deltas add up. Works tensor by tensor.
+    """MODEL + DELTA... -> model. Several deltas add up. Works tensor by tensor; trajectories are replayed.
 
-    Raises ArtifactError when a delta names a layer or a shape that the model lacks, or holds NaN.
+    Raises ArtifactError when a delta names a layer or a shape that the model lacks, or holds NaN, when a
+    trajectory started from other weights or its replay gives others than the run had; UsageError for a
+    `step` that there is not.
     """
 
     name: ClassVar[str] = "merge"
@@ -31,13 +35,22 @@ class Merge:
     allow_other_base: Annotated[
         bool, Field(description="merge also a delta that was trained on another model of the same shapes")
     ] = False
+    step: Annotated[
+        Annotated[int, Field(ge=0)] | Literal["best", "last"],
+        Field(description="of a trajectory: how many steps of the run are replayed, or up to its best one"),
+    ] = "last"
 
     def params(self) -> dict[str, Any]:
         return asdict(self)
 
     def problems(self, inputs: Mapping[str, Artifact]) -> list[str]:
+        from edgesft.core import trajectory
+
+        self._check_step(_deltas(inputs))
         found = []
         for delta in _deltas(inputs):
+            if (delta.path / trajectory.FILE).is_file():
+                continue  # checked weight by weight: it may come from an export of the same model
             base = delta.manifest.get("inputs", {}).get("model")
             if base is not None and base != inputs["model"].digest and not self.allow_other_base:
                 found.append(
@@ -47,20 +60,41 @@ class Merge:
         return found
 
     def run(self, inputs: Mapping[str, Artifact], work: Workdir) -> dict[str, Any]:
-        from edgesft.core import delta_file, models
+        from edgesft.core import console, delta_file, models
 
         model = inputs["model"]
         weights = models.tensors(model.path)
-        loaded = [delta_file.load(delta.path) for delta in _deltas(inputs)]
+        loaded = [
+            delta_file.load(delta.path, step=self.step, allow_other_base=self.allow_other_base)
+            for delta in _deltas(inputs)
+        ]
         merged = _Merged(weights, loaded, keeps_dtype=self.dtype == "source")
-        models.save(merged, model.path, work.path, dtype=self.dtype)
+        replayed = [delta for delta in loaded if isinstance(delta, delta_file.TrajectoryDelta)]
+        if replayed:
+            with console.progress("replay", len(merged)) as merged.bar:
+                models.save(merged, model.path, work.path, dtype=self.dtype)
+        else:
+            models.save(merged, model.path, work.path, dtype=self.dtype)
         return {
             "deltas": len(loaded),
             "layers": len(merged.changed),
             "changed_values": merged.changed_values,
             "changed_fraction": merged.changed_values / max(1, weights.numel),
             "lost_to_rounding": merged.lost,
+            **_replays(replayed),
         }
+
+    def _check_step(self, deltas: Sequence[Artifact]) -> None:
+        """Raise UsageError for a step without a trajectory, or one that a trajectory lacks."""
+        from edgesft.core import trajectory
+
+        if self.step == "last":
+            return
+        runs = [delta for delta in deltas if (delta.path / trajectory.FILE).is_file()]
+        if not runs:
+            raise UsageError(f"the step is `{self.step}`, and no delta given is a trajectory that has steps")
+        for run in runs:
+            trajectory.load(run.path).at(self.step)
 
 
 class _Merged(Mapping[str, "Tensor"]):
@@ -75,6 +109,7 @@ class _Merged(Mapping[str, "Tensor"]):
             for layer in sorted(delta.layers):
                 self.changed.setdefault(delta_file.tensor_name(weights, layer), []).append((delta, layer))
         self.changed_values = self.lost = 0
+        self.bar: Bar | None = None
 
     def __len__(self) -> int:
         return len(self.changed)
@@ -96,6 +131,8 @@ class _Merged(Mapping[str, "Tensor"]):
             for part in parts:
                 total += part.double() - base.double()
             merged = total.float()
+        if self.bar is not None:
+            self.bar.advance()
         self._count(base, merged, merged.to(stored.dtype).float() if self._keeps_dtype else merged)
         return merged
 
@@ -104,6 +141,18 @@ class _Merged(Mapping[str, "Tensor"]):
         kept = int((written != base).sum())
         self.changed_values += kept
         self.lost += max(0, wanted - kept)
+
+
+def _replays(deltas: "Sequence[TrajectoryDelta]") -> dict[str, Any]:
+    """What the replays of trajectories did. verified: every weight has the hash that its run recorded."""
+    replays = [delta.replay for delta in deltas]
+    if not replays:
+        return {}
+    return {
+        "replayed_steps": sum(replay.steps for replay in replays),
+        "replay_seconds": sum(replay.seconds for replay in replays),
+        "verified": all(replay.verified for replay in replays),
+    }
 
 
 def _deltas(inputs: Mapping[str, Artifact]) -> list[Artifact]:

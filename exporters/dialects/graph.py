@@ -102,6 +102,14 @@ class Graph:
         self.inputs.append(value)
         return value
 
+    def optional(self, name: str, default: Array, *shape: str | int) -> ir.Value:
+        """An input with a default: an initializer that is an input too is overridable and is never folded
+        away (ONNX IR, section Graphs, from version 4 on)."""
+        value = self.constant(name, default)
+        value.shape = ir.Shape(shape)
+        self.inputs.append(value)
+        return value
+
     def output(self, value: ir.Value, *shape: str | int) -> None:
         value.shape, value.type = ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
         self.outputs.append(value)

@@ -15,6 +15,7 @@ and .value. The values `hidden.{i}` are the residual stream after block i: (B, S
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from edgesft import __version__
@@ -38,23 +39,28 @@ def build(decoder: Decoder, weights: Arrays, out: Path, precision: Precision) ->
     """
     check_space(out, needed(decoder, precision))
     with DataFile(out) as data:
-        graph = _Decoder(decoder, weights, precision, data)
+        graph = DecoderGraph(decoder, weights, precision, data)
         graph.decoder()
+    save(graph, out, OPSETS)
+    return graph.built
+
+
+def save(graph: "DecoderGraph", out: Path, opsets: dict[str, int]) -> None:
+    """Write model.onnx of a graph that is whole."""
     model = ir.Model(
         ir.Graph(
             graph.inputs,
             graph.outputs,
             nodes=graph.nodes,
             initializers=graph.initializers,
-            opset_imports=OPSETS,
-            name=decoder.family,
+            opset_imports=opsets,
+            name=graph.d.family,
         ),
         ir_version=IR_VERSION,
         producer_name="edgesft",
         producer_version=__version__,
     )
     ir.save(model, out / MODEL)
-    return graph.built
 
 
 def needed(decoder: Decoder, precision: Precision) -> int:
@@ -70,7 +76,7 @@ def needed(decoder: Decoder, precision: Precision) -> int:
     return int(total) + (12 * d.layers + 8) * ALIGN + (1 << 20)
 
 
-class _Decoder(Graph):
+class DecoderGraph(Graph):
     """A decoder graph under construction."""
 
     def __init__(self, decoder: Decoder, weights: Arrays, precision: Precision, data: DataFile) -> None:
@@ -113,12 +119,8 @@ class _Decoder(Graph):
                 self.output(value, "batch", d.kv_heads, "present", d.head_dim)
 
     def positions(self) -> ir.Value:
-        """An input with a default: the last of the flat positions. An initializer that is an input too is
-        overridable and is never folded away (ONNX IR, section Graphs, from version 4 on)."""
-        value = self.integers(POSITIONS, -1)
-        value.shape, value.type = ir.Shape(["positions"]), ir.TensorType(ir.DataType.INT64)
-        self.inputs.append(value)
-        return value
+        """The last of the flat positions, unless the caller says others."""
+        return self.optional(POSITIONS, np.array([-1], np.int64), "positions")
 
     def lengths(self, mask: ir.Value) -> None:
         """What GroupQueryAttention asks for: tokens of each row less one, and of the longest row."""
@@ -202,19 +204,9 @@ class _Decoder(Graph):
     ) -> tuple[ir.Value, list[ir.Value]]:
         """(B, S, heads * head_dim) before the output projection, and the new cache."""
         d, name = self.d, f"layers.{i}"
-        packed = self.linear(x, f"{name}.qkv", [b.q, b.k, b.v], [b.q_bias, b.k_bias, b.v_bias])
-        query: list[ir.Value | None] = [packed, None, None]
-        if b.q_norm and b.k_norm:
-            sizes = self.integers(f"{name}.qkv.sizes", d.q_width, d.kv_width, d.kv_width)
-            q, k, v = self.op("Split", [packed, sizes], [f"{name}.{n}" for n in "qkv"], axis=-1)
-            query = [
-                self.per_head(q, f"{name}.q", b.q_norm, d.heads),
-                self.per_head(k, f"{name}.k", b.k_norm, d.kv_heads),
-                v,
-            ]
         out, key, value = self.op(
             "GroupQueryAttention",
-            [*query, *past, self.last, self.total, self.cosines, self.sines],
+            [*self.query(name, b, x), *past, self.last, self.total, self.cosines, self.sines],
             [f"{name}.attention", f"present.{i}.key", f"present.{i}.value"],
             domain=MICROSOFT,
             num_heads=d.heads,
@@ -225,6 +217,26 @@ class _Decoder(Graph):
             local_window_size=b.window or -1,
         )
         return out, [key, value]
+
+    def query(self, name: str, b: Block, x: ir.Value) -> list[ir.Value | None]:
+        """q, k and v (B, S, heads * head_dim); all of them in the first where no norm comes between."""
+        d = self.d
+        packed = self.linear(x, f"{name}.qkv", [b.q, b.k, b.v], [b.q_bias, b.k_bias, b.v_bias])
+        if not (b.q_norm and b.k_norm):
+            return [packed, None, None]
+        sizes = self.integers(f"{name}.qkv.sizes", d.q_width, d.kv_width, d.kv_width)
+        q, k, v = self.op("Split", [packed, sizes], [f"{name}.{n}" for n in "qkv"], axis=-1)
+        return self.normed(name, b, q, k, v)
+
+    def normed(self, name: str, b: Block, q: ir.Value, k: ir.Value, v: ir.Value) -> list[ir.Value | None]:
+        """q and k after their norms, where the block has some, and v."""
+        if not (b.q_norm and b.k_norm):
+            return [q, k, v]
+        return [
+            self.per_head(q, f"{name}.q", b.q_norm, self.d.heads),
+            self.per_head(k, f"{name}.k", b.k_norm, self.d.kv_heads),
+            v,
+        ]
 
     def per_head(self, x: ir.Value, name: str, weight: str, heads: int) -> ir.Value:
         """A norm over each head of x (B, S, heads * head_dim), as Qwen3 has it on q and k."""
@@ -243,8 +255,11 @@ class _Decoder(Graph):
     def mlp(self, i: int, b: Block, x: ir.Value) -> ir.Value:
         """down(silu(gate x) * up x)."""
         name = f"layers.{i}"
-        both = self.linear(x, f"{name}.gate_up", [b.gate, b.up], [b.gate_bias, b.up_bias])
-        gate, up = self.op("Split", [both], [f"{name}.gate", f"{name}.up"], axis=-1, num_outputs=2)
+        gate, up = self.gate_up(name, b, x)
         (act,) = self.op("QuickGelu", [gate], f"{name}.act", domain=MICROSOFT, alpha=1.0)
         (product,) = self.op("Mul", [act, up], f"{name}.product")
         return self.linear(product, f"{name}.down", [b.down], [b.down_bias], "down")
+
+    def gate_up(self, name: str, b: Block, x: ir.Value) -> list[ir.Value]:
+        both = self.linear(x, f"{name}.gate_up", [b.gate, b.up], [b.gate_bias, b.up_bias])
+        return self.op("Split", [both], [f"{name}.gate", f"{name}.up"], axis=-1, num_outputs=2)

@@ -1,103 +1,62 @@
-"""Weights plus masked Gaussian noise that is never stored: the inner operation of zeroth-order tuning.
+"""Weights plus masked noise that is never stored: the inner operations of zeroth-order tuning.
 
 `perturbed_linear` is the forward of Sparse MeZO (2024), algorithm "S-MeZO-EI": mask, noise and perturbed
-weights exist for one strip of output rows at a time, the stored weight is only read, so both losses of a step
-see the same weights and hence the same mask. `add_noise_` is the update with the noise of the same seed.
-low = 0 and high = inf is dense MeZO. Importing this module does not import torch.
+weights exist for one strip of output rows at a time, the stored weight is only read, so all losses of a step
+see the same weights and hence the same mask. `descend_` is the update with the noise of the same seeds,
+`replay_` many updates. A mask that is whole is dense MeZO. Importing this module does not import torch.
 """
 
 import functools
 import hashlib
 import importlib
-import math
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
-from edgesft.core.protocols import Kernel
+from edgesft.core.protocols import Kernel, Law, Mask, Shift, Update
 from edgesft.kernels.perturb.cpu import Native
+from edgesft.kernels.perturb.gpu import Triton
+from edgesft.kernels.perturb.plain import Reference
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgesft.kernels.perturb.api import add_noise_, noise, perturbed_linear
+    from edgesft.core.quantized import Quantized
+    from edgesft.kernels.perturb.api import descend_, noise, perturbed_linear, replay_
 
-__all__ = ["add_noise_", "noise", "perturbed_linear", "tensor_id"]
+__all__ = ["descend_", "noise", "perturbed_linear", "replay_", "tensor_id"]
 
 
 class Perturb(Kernel, Protocol):
-    """What an implementation of this operation offers; see `reference` for the meaning of the arguments."""
+    """What an implementation of these operations offers; see `reference` for the arithmetic."""
 
-    def noise(self, out: "Tensor", *, seed: int, tensor: int, start: int) -> None: ...
-    def perturb(
+    def noise(
+        self, out: "Tensor", *, seed: int, tensor: int, start: int, law: Law, rank: int, width: int
+    ) -> None:
+        """Fill `out` (float32) with z(seed, tensor, start + i); width: columns of the matrix."""
+        ...
+
+    def strips(
         self,
-        source: "Tensor",
-        out: "Tensor",
+        weight: "Tensor | Quantized",
+        rows: slice,
+        shifts: Sequence[Shift | None],
+        outs: "Sequence[Tensor]",
         *,
-        seed: int,
         tensor: int,
-        start: int,
-        scale: float,
-        low: float,
-        high: float,
-    ) -> int: ...
+        mask: Mask,
+        bare: bool = False,
+    ) -> None:
+        """outs[j] (rows, in) = those rows of the weight at shifts[j]; bare: of the masked scale * z alone."""
+        ...
 
-
-class Reference:
-    """Plain torch: any device, any float type, any strides; tens of times slower than native code."""
-
-    op: ClassVar[str] = "perturb"
-    name: ClassVar[str] = "reference"
-    strip: ClassVar[int] = 1 << 18  # temporaries are about 100 bytes an element: 25 MiB
-
-    def fits(self, weight: "Tensor | None" = None) -> bool:
-        return True
-
-    def state(self) -> tuple[bool, str]:
-        return True, "plain torch"
-
-    def noise(self, out: "Tensor", *, seed: int, tensor: int, start: int) -> None:
-        from edgesft.kernels.perturb import reference
-
-        flat = out.view(-1)
-        for at in range(0, flat.numel(), self.strip):
-            part = flat[at : at + self.strip]
-            part.copy_(
-                reference.noise(part.numel(), seed=seed, tensor=tensor, start=start + at, device=out.device)
-            )
-
-    def perturb(
-        self,
-        source: "Tensor",
-        out: "Tensor",
-        *,
-        seed: int,
-        tensor: int,
-        start: int,
-        scale: float,
-        low: float,
-        high: float,
+    def replay(
+        self, weight: "Tensor | Quantized", updates: Sequence[Update], *, tensor: int, mask: Mask
     ) -> int:
-        from edgesft.kernels.perturb import reference
-
-        if source.dim() == 0:
-            source, out = source.view(1), out.view(1)
-        width, active = math.prod(source.shape[1:]), 0
-        step = max(1, self.strip // max(1, width))
-        for begin in range(0, source.shape[0], step):
-            end = begin + step
-            active += reference.perturb(
-                source[begin:end],
-                out[begin:end],
-                seed=seed,
-                tensor=tensor,
-                start=start + begin * width,
-                scale=scale,
-                low=low,
-                high=high,
-            )
-        return active
+        """Apply the updates in turn, in place; returns the entries in the mask of the last one."""
+        ...
 
 
-IMPLEMENTATIONS = (Native(), Reference())
+IMPLEMENTATIONS = (Native(), Triton(), Reference())
 
 
 @functools.cache

@@ -2,9 +2,11 @@
 
     python tests/bench/bench_zo_step_kernel.py --out docs/results/zo-step-kernel.json
 
-Fused noise and update against filling a buffer with `Tensor.normal_` (which adds nothing), and a perturbed
-linear layer against a plain one. Times are CPU seconds of the thread; a ratio is the median over rounds of
-the ratios within a round.
+For each law of the noise: an update (`sweep`), the two strips of a pair of directions (`pair`), many updates
+of one weight (`replay`, for each update) in nanoseconds a weight, next to filling a buffer with
+`Tensor.normal_` and to one addition in memory by torch, which is what memory allows; then a perturbed linear
+layer and a stacked pair against plain ones. Times are CPU seconds of the thread; a ratio is the median over
+rounds of the ratios within a round.
 """
 
 import argparse
@@ -20,10 +22,13 @@ import torch
 from torch.nn.functional import linear
 
 from edgesft.core.catalog import runtime
+from edgesft.core.protocols import Law, Mask, Shift, Update
 from edgesft.kernels import dispatch, perturb
 
 SHAPES = ((576, 1536), (1536, 576), (2048, 2048))
-NS, RATIO = 1.0, 1.25  # the bars: nanoseconds a weight of add_noise_, perturbed over plain linear
+LAWS: tuple[tuple[Law, int], ...] = (("gaussian", 0), ("rademacher", 0), ("low-rank", 2))
+NS, RATIO = 1.0, 1.25  # the bars: nanoseconds a weight of a gaussian update, perturbed over plain linear
+UPDATES = 50
 
 
 def measure(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -38,32 +43,64 @@ def measure(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, li
     return {name: values[2:] for name, values in times.items()}
 
 
-def update(shape: tuple[int, int], high: float, rounds: int) -> dict[str, float]:
+def mask_of(law: Law, high: float) -> Mask:
+    return Mask() if law == "low-rank" else Mask(high=high)
+
+
+def updates(shape: tuple[int, int], high: float, rounds: int) -> dict[str, float]:
     weight, z = torch.randn(shape) * 0.02, torch.empty(shape)
+    strips = [torch.empty(shape), torch.empty(shape)]
+    sides: dict[str, Callable[[], object]] = {
+        "torch_normal": z.normal_,
+        "torch_add": lambda: weight.add_(0.0),
+    }
+    per: dict[str, int] = {}
+    for law, rank in LAWS:
+        mask, shift, opposite = mask_of(law, high), Shift(1, 1e-9, law, rank), Shift(1, -1e-9, law, rank)
 
-    def ours() -> int:
-        return perturb.add_noise_(weight, seed=1, tensor=2, scale=1e-9, low=0.0, high=high)
+        def sweep(shift: Shift = shift, mask: Mask = mask) -> int:
+            return perturb.descend_(weight, shifts=(shift,), tensor=2, mask=mask)
 
-    times = measure({"ours": ours, "torch": z.normal_}, rounds)
-    scale = 1e9 / weight.numel()
-    found = {f"{name}_ns": scale * statistics.median(values) for name, values in times.items()}
-    return {**found, "ours_ns_best": scale * min(times["ours"])}
+        def pair(shifts: tuple[Shift, Shift] = (shift, opposite), mask: Mask = mask) -> None:
+            kernel = dispatch.pick("perturb", weight, strips[0])
+            kernel.strips(weight, slice(0, shape[0]), shifts, strips, tensor=2, mask=mask)  # type: ignore[attr-defined]
+
+        def replay(step: Update = Update((shift,)), mask: Mask = mask) -> int:  # noqa: B008 - of this law
+            return perturb.replay_(weight, [step] * UPDATES, tensor=2, mask=mask)
+
+        sides |= {f"{law}_sweep": sweep, f"{law}_pair": pair, f"{law}_replay": replay}
+        per[f"{law}_replay"] = UPDATES
+    times = measure(sides, rounds)
+    found = {}
+    for name, values in times.items():
+        found[f"{name}_ns"] = 1e9 / weight.numel() / per.get(name, 1) * statistics.median(values)
+    return found
 
 
 def forward(shape: tuple[int, int], rows: int, high: float, rounds: int) -> dict[str, float]:
     weight, x = torch.randn(shape) * 0.02, torch.randn(rows, shape[1])
+    both = x.repeat(2, 1)
     sides: dict[str, Callable[[], object]] = {
         "plain": lambda: linear(x, weight),
-        "perturbed": lambda: perturb.perturbed_linear(
-            x, weight, None, seed=1, tensor=2, scale=1e-3, low=0.0, high=high
-        ),
+        "plain_two": lambda: (linear(x, weight), linear(x, weight)),
         "by_torch": lambda: linear(x, weight + 1e-3 * torch.randn(shape)),
     }
+    for law, rank in LAWS:
+        mask, shift, opposite = mask_of(law, high), Shift(1, 1e-3, law, rank), Shift(1, -1e-3, law, rank)
+
+        def one(shift: Shift = shift, mask: Mask = mask) -> object:
+            return perturb.perturbed_linear(x, weight, None, shifts=(shift,), tensor=2, mask=mask)
+
+        def two(shifts: tuple[Shift, Shift] = (shift, opposite), mask: Mask = mask) -> object:
+            return perturb.perturbed_linear(both, weight, None, shifts=shifts, tensor=2, mask=mask)
+
+        sides |= {law: one, f"{law}_pair": two}
     times = measure(sides, rounds)
     found = {f"{name}_ms": 1e3 * statistics.median(values) for name, values in times.items()}
-    for name in ("perturbed", "by_torch"):
-        ratios = [a / b for a, b in zip(times[name], times["plain"], strict=True)]
-        found[f"{name}_ratio"] = statistics.median(ratios)
+    for name, values in times.items():
+        if not name.startswith("plain"):
+            plain = times["plain_two" if name.endswith("pair") else "plain"]
+            found[f"{name}_ratio"] = statistics.median(a / b for a, b in zip(values, plain, strict=True))
     return found
 
 
@@ -78,8 +115,8 @@ def main() -> None:
     torch.manual_seed(0)
 
     result: dict[str, object] = {
-        "what": "perturbation by `add_noise_` and `perturbed_linear`, one thread",
-        "bars": {"ours_ns": NS, "perturbed_ratio": RATIO},
+        "what": "perturbation by `descend_`, strips, `replay_` and `perturbed_linear`, one thread",
+        "bars": {"gaussian_sweep_ns": NS, "gaussian_ratio": RATIO},
         "rows": arguments.rows,
         "high": arguments.high if math.isfinite(arguments.high) else "inf",
         "rounds": arguments.rounds,
@@ -88,7 +125,7 @@ def main() -> None:
             f"{out}x{width}": {
                 name: round(value, 3)
                 for name, value in {
-                    **update((out, width), arguments.high, arguments.rounds),
+                    **updates((out, width), arguments.high, arguments.rounds),
                     **forward((out, width), arguments.rows, arguments.high, arguments.rounds),
                 }.items()
             }

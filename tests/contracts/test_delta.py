@@ -8,7 +8,8 @@ from edgesft.core import catalog
 from edgesft.core.region import Whole, below, kth_smallest_magnitude
 
 torch.set_num_threads(1)
-NAMES = catalog.names("delta")
+# Those that move quantised weights themselves have no float weight to begin at, so other laws hold for them.
+NAMES = [n for n in catalog.names("delta") if not getattr(catalog.load("delta", n), "needs_quantized", False)]
 
 
 @pytest.fixture
@@ -82,6 +83,6 @@ def test_folded_equals_adapted(name, layer):
 @pytest.mark.parametrize("name", [n for n in NAMES if not hasattr(catalog.load("delta", n), "output")])
 def test_weight_deltas_respect_their_region(name, layer):
     delta, region = catalog.build("delta", {"use": name}), quarter(layer.weight)
-    theta = {k: torch.ones_like(v) for k, v in start(delta, layer, region).items()}
+    theta = {k: v + 1 for k, v in start(delta, layer, region).items()}
     changed = delta.effective(layer.weight, region, theta, 1.0) != layer.weight
     assert torch.equal(changed, region.mask(layer.weight))

@@ -8,10 +8,13 @@ from edgesft.core.protocols import Shift
 
 torch.set_num_threads(1)
 NAMES = catalog.names("estimate")
+FORWARD_ONLY = [n for n in NAMES if getattr(catalog.load("estimate", n), "forward_only", False)]
 
 
 class Quadratic:
     """L = 1/2 theta^T A theta + b^T theta over two tensors, float64, at theta or at a shifted theta."""
+
+    prefers_together = False
 
     def __init__(self, size=6):
         generator = torch.Generator().manual_seed(1)
@@ -24,11 +27,14 @@ class Quadratic:
         }
         self.calls = []
 
-    def noise(self, seed):
+    def noise(self, shift):
         kernel = catalog.runtime("kernels.perturb")
 
         def z(name, like):
-            return kernel.noise(tuple(like.shape), seed, kernel.tensor_id(name)).double()
+            tensor = kernel.tensor_id(name)
+            return kernel.noise(
+                tuple(like.shape), shift.seed, tensor, law=shift.law, rank=shift.rank
+            ).double()
 
         return {name: z(name, like) for name, like in self.theta.items()}
 
@@ -39,8 +45,11 @@ class Quadratic:
         self.calls.append(shift)
         v = self.flat(self.theta)
         if shift is not None:
-            v = v + shift.scale * self.flat(self.noise(shift.seed))
+            v = v + shift.scale * self.flat(self.noise(shift))
         return 0.5 * v @ self.A @ v + self.b @ v
+
+    def together(self, shifts):
+        return [float(self(shift)) for shift in shifts]
 
     @property
     def gradient(self):
@@ -77,6 +86,16 @@ def test_same_seed_same_bytes(name):
     estimate = catalog.build("estimate", {"use": name})
     first, second = (dict(estimate.gradient(problem, problem.theta, 11).items()) for _ in range(2))
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("name", FORWARD_ONLY)
+def test_the_same_estimate_from_stacked_passes(name):
+    """The losses of these are the same numbers, so the estimate must be too."""
+    estimate, alone, stacked = catalog.build("estimate", {"use": name}), Quadratic(), Quadratic()
+    stacked.prefers_together = True
+    first, second = (estimate.gradient(p, p.theta, 11) for p in (alone, stacked))
+    assert (first.shifts, first.loss) == (second.shifts, second.loss)
+    assert sorted(map(str, alone.calls)) == sorted(map(str, stacked.calls))
 
 
 @pytest.mark.parametrize("name", NAMES)

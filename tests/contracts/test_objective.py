@@ -85,3 +85,36 @@ def test_padding_changes_nothing(name, kind, model):
 def test_same_twice(name, kind, model):
     objective = catalog.build("objective", {"use": name})
     assert torch.equal(*(objective.loss(model, batch_of(kind), None) for _ in range(2)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("copies", [1, 3])
+def test_stacked_copies_have_the_loss_of_one(name, kind, copies, model):
+    objective = catalog.build("objective", {"use": name})
+    found = objective.losses(model, batch_of(kind), copies)
+    assert found.shape == (copies,)
+    assert found.dtype is torch.float64
+    one = objective.loss(model, batch_of(kind), None)
+    torch.testing.assert_close(found, one.expand(copies), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_are_stacked_one_after_the_other(name, kind, model):
+    """A layer that treats the second third of its rows otherwise changes the second loss only."""
+    objective, layer = catalog.build("objective", {"use": name}), model.model.layers[0].mlp
+
+    def scale(_, args, out):
+        rows = out.shape[0] // 3
+        return torch.cat([out[:rows], 3 * out[rows : 2 * rows], out[2 * rows :]])
+
+    plain = objective.loss(model, batch_of(kind), None)
+    handle = layer.register_forward_hook(lambda _, args, out: 3 * out)
+    moved = objective.loss(model, batch_of(kind), None)
+    handle.remove()
+    handle = layer.register_forward_hook(scale)
+    found = objective.losses(model, batch_of(kind), 3)
+    handle.remove()
+    assert abs(float(moved - plain)) > 1e-4
+    torch.testing.assert_close(found, torch.stack([plain, moved, plain]), rtol=1e-6, atol=1e-6)

@@ -10,21 +10,23 @@ Cost: in place, no number beside the weights. Else 4 bytes an entry of the regio
 Stored: 4 bytes a changed entry, and for the positions one bit a weight or 4 bytes an entry, the smaller.
 """
 
-from typing import ClassVar
-
-import torch
-from torch import Generator, Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from edgesft.core.method import Method, method
 from edgesft.core.protocols import Region, Theta
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
 
 
 @method
 class Sparse(Method):
     in_place: ClassVar[bool] = True  # theta may be the weight itself
 
-    def init(self, weight: Tensor, region: Region, rng: Generator) -> Theta:
+    def init(self, weight: "Tensor", region: Region, rng: "Generator") -> Theta:
+        import torch
+
         return {"values": torch.zeros(region.numel(weight), dtype=weight.dtype, device=weight.device)}
 
-    def effective(self, weight: Tensor, region: Region, theta: Theta, progress: float) -> Tensor:
+    def effective(self, weight: "Tensor", region: Region, theta: Theta, progress: float) -> "Tensor":
         return region.add(weight, theta["values"])

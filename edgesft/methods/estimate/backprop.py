@@ -9,8 +9,6 @@ batch size and length.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from edgesft.core.method import Method, method
 from edgesft.core.protocols import Loss, Theta
 
@@ -35,6 +33,8 @@ class Exact:
 class Backprop(Method):
     def gradient(self, loss: Loss, params: Theta, seed: int) -> Exact:
         """seed: of what is drawn in the forward pass (dropout)."""
+        import torch
+
         for p in params.values():
             p.requires_grad_(True)
         try:

@@ -10,14 +10,17 @@ of a whole batch never exist.
 Cost: nothing beside the forward pass of the model.
 """
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from edgesft.core import models
 from edgesft.core.batches import Batch
 from edgesft.core.errors import UsageError
 from edgesft.core.method import Method, method
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 CHUNK_BYTES = 8 << 20  # of logits together
 
@@ -26,12 +29,26 @@ CHUNK_BYTES = 8 << 20  # of logits together
 class Task(Method):
     def loss(self, model: nn.Module, batch: Batch, reference: nn.Module | None = None) -> Tensor:
         """Mean loss of a batch, a scalar in float64 (its forward passes stay in the model's type)."""
+        return self.losses(model, batch, 1)[0]
+
+    def losses(self, model: nn.Module, batch: Batch, copies: int) -> Tensor:
+        """(copies,) float64: the mean loss of each of `copies` equal batches, stacked into one forward pass.
+
+        The model sees copies * B rows, copy after copy; they differ if its layers treat them differently.
+        """
+        import torch
+        from torch.nn import functional
+
         if batch.kind == "lm":
-            return -(_log_probabilities(model, batch) * batch.weights.double()).sum()
-        return functional.cross_entropy(self.scores(model, batch), _gold(batch))
+            weights = batch.weights.double()
+            return torch.stack([-(p * weights).sum() for p in _log_probabilities(model, batch, copies)])
+        gold = _gold(batch)
+        return torch.stack([functional.cross_entropy(s, gold) for s in self._scores(model, batch, copies)])
 
     def assess(self, model: nn.Module, batch: Batch) -> tuple[float, int | None]:
         """(mean loss, right answers) from one forward pass; None where there is nothing to choose from."""
+        from torch.nn import functional
+
         if batch.kind == "lm":
             return float(self.loss(model, batch)), None
         scores, gold = self.scores(model, batch), _gold(batch)
@@ -43,14 +60,20 @@ class Task(Method):
 
         Raises UsageError for free text, which has no set of answers.
         """
+        return self._scores(model, batch, 1)[0]
+
+    def _scores(self, model: nn.Module, batch: Batch, copies: int) -> Tensor:  # (copies, E, C) float64
+        import torch
+
         if batch.kind == "labels" and batch.choices is not None:
-            return _choice_logits(model, _hidden(model, batch), batch.choices).double()
+            logits = _choice_logits(model, _hidden(model, batch, copies), batch.choices)
+            return logits.double().view(copies, -1, logits.shape[1])
         if batch.kind == "candidates" and batch.example is not None:
-            found = _log_probabilities(model, batch)
+            found = _log_probabilities(model, batch, copies)
             rows = batch.input_ids.shape[0]
-            sums = found.new_zeros(rows).index_add(0, batch.rows, found)
-            counts = found.new_zeros(rows).index_add(0, batch.rows, torch.ones_like(found))
-            return (sums / counts).view(int(batch.example[-1]) + 1, -1)
+            sums = found.new_zeros(copies, rows).index_add(1, batch.rows, found)
+            counts = found.new_zeros(rows).index_add(0, batch.rows, torch.ones_like(found[0]))
+            return (sums / counts).view(copies, int(batch.example[-1]) + 1, -1)
         raise UsageError(f"a batch of kind `{batch.kind}` has no answers to choose from")
 
 
@@ -60,28 +83,38 @@ def _gold(batch: Batch) -> Tensor:
     return batch.gold
 
 
-def _hidden(model: nn.Module, batch: Batch) -> Tensor:  # (N, hidden)
+def _hidden(model: nn.Module, batch: Batch, copies: int) -> Tensor:  # (copies * N, hidden)
+    import torch
+
     output = models.backbone(model)(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        input_ids=batch.input_ids.repeat(copies, 1),
+        attention_mask=batch.attention_mask.repeat(copies, 1),
+        use_cache=False,
     )
     hidden: Tensor = output.last_hidden_state
-    return hidden.flatten(0, 1)[batch.positions]
+    starts = torch.arange(copies, device=batch.positions.device) * batch.input_ids.numel()
+    return hidden.flatten(0, 1)[(starts[:, None] + batch.positions).flatten()]
 
 
-def _log_probabilities(model: nn.Module, batch: Batch) -> Tensor:  # (N,) float64
+def _log_probabilities(model: nn.Module, batch: Batch, copies: int) -> Tensor:  # (copies, N) float64
     """Of each target after its position."""
-    hidden, head = _hidden(model, batch), models.head(model)
+    import torch
+
+    hidden, head, targets = _hidden(model, batch, copies), models.head(model), batch.targets.repeat(copies)
     rows = max(1, CHUNK_BYTES // (4 * model.get_output_embeddings().weight.shape[0]))  # type: ignore[operator]
     found = []
     for start in range(0, hidden.shape[0], rows):
         logits = head(hidden[start : start + rows]).float()
-        chosen = logits.gather(1, batch.targets[start : start + rows, None]).squeeze(1)
+        chosen = logits.gather(1, targets[start : start + rows, None]).squeeze(1)
         found.append(chosen.double() - logits.logsumexp(1).double())
-    return torch.cat(found)
+    return torch.cat(found).view(copies, -1)
 
 
 def _choice_logits(model: nn.Module, hidden: Tensor, choices: Tensor) -> Tensor:
     """Logits (N, C) of the tokens `choices` (C,) alone."""
+    from torch import nn
+    from torch.nn import functional
+
     head = models.head(model)
     if not isinstance(head, nn.Linear):
         logits: Tensor = head(hidden)

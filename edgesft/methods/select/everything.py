@@ -6,14 +6,17 @@ Cost: nothing is stored for the selection. With `backprop` a value, a gradient a
 every weight.
 """
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from edgesft.core.method import Method, method
 from edgesft.core.protocols import Signals
 from edgesft.core.region import Whole
 
+if TYPE_CHECKING:
+    from edgesft.core.region import Weight
+
 
 @method
 class Everything(Method):
-    def region(self, name: str, weight: Tensor, signals: Signals, progress: float) -> Whole:
+    def region(self, name: str, weight: "Weight", signals: Signals, progress: float) -> Whole:
         return Whole()

@@ -8,20 +8,24 @@ stays that of the pretrained weights.
 Cost: one float a tensor. No mask is stored.
 """
 
-from torch import Tensor
+import math
+from typing import TYPE_CHECKING
 
 from edgesft.core.method import Method, method
 from edgesft.core.params import Density
 from edgesft.core.protocols import Signals
 from edgesft.core.region import Band, Whole, above, kth_smallest_magnitude
 
+if TYPE_CHECKING:
+    from edgesft.core.region import Weight
+
 
 @method
 class Magnitude(Method):
     density: Density = 0.25
 
-    def region(self, name: str, weight: Tensor, signals: Signals, progress: float) -> Band:
+    def region(self, name: str, weight: "Weight", signals: Signals, progress: float) -> Band:
         if self.density == 1:
             return Whole()
-        k = max(1, round(self.density * weight.numel()))
-        return above(kth_smallest_magnitude(weight, weight.numel() - k + 1))
+        k = max(1, round(self.density * math.prod(weight.shape)))
+        return above(kth_smallest_magnitude(weight, math.prod(weight.shape) - k + 1))

@@ -9,20 +9,24 @@ threshold is frozen from then on, so the active fraction falls slowly (it is log
 Cost: one float a tensor. No mask is stored.
 """
 
-from torch import Tensor
+import math
+from typing import TYPE_CHECKING
 
 from edgesft.core.method import Method, method
 from edgesft.core.params import Density
 from edgesft.core.protocols import Signals
 from edgesft.core.region import Band, Whole, below, kth_smallest_magnitude
 
+if TYPE_CHECKING:
+    from edgesft.core.region import Weight
+
 
 @method
 class SmallMagnitude(Method):
     density: Density = 0.25
 
-    def region(self, name: str, weight: Tensor, signals: Signals, progress: float) -> Band:
+    def region(self, name: str, weight: "Weight", signals: Signals, progress: float) -> Band:
         if self.density == 1:
             return Whole()  # a threshold would still freeze what grows beyond it
-        k = max(1, round(self.density * weight.numel()))
+        k = max(1, round(self.density * math.prod(weight.shape)))
         return below(kth_smallest_magnitude(weight, k))

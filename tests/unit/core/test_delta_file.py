@@ -8,10 +8,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from edgesft.core import catalog, delta_file, models
-from edgesft.core.errors import ArtifactError
+from edgesft.core import catalog, codes, delta_file, models
+from edgesft.core.errors import ArtifactError, UsageError
+from edgesft.core.protocols import Mask, Shift
 from edgesft.core.region import Whole, below, kth_smallest_magnitude
-from edgesft.core.tuned import Tuned
+from edgesft.core.scalar_optim import Measured
+from edgesft.core.schedule import derive
+from edgesft.core.trajectory import Settings, Trajectory
+from edgesft.core.tuned import Tuned, digest
 from edgesft.kernels import perturb
 from edgesft.methods.delta.lora import Lora
 from edgesft.methods.delta.sparse import Sparse
@@ -91,12 +95,11 @@ def tuned_of(folder, delta, *, in_place, quarter=True):
 
 def shake(tuned):
     torch.manual_seed(1)
-    for name, p in tuned.theta.items():
-        if tuned.in_place:
-            layer = tuned.layers[name.removesuffix(".weight")]
-            p.add_(0.01 * torch.randn_like(p) * layer.region.mask(p))
-        else:
-            p.add_(0.01 * torch.randn_like(p))
+    for p in tuned.theta.values():
+        p.add_(0.01 * torch.randn_like(p))
+    for layer in tuned.layers.values() if tuned.in_place else ():
+        p = layer.base.weight.data
+        p.add_(0.01 * torch.randn_like(p) * layer.region.mask(p))
 
 
 def effective(folder, delta, base):
@@ -276,3 +279,113 @@ def test_tensor_names_of_a_backbone_alone(folder):
     assert delta_file.tensor_name(weights, "layers.0.mlp.up_proj") == full
     with pytest.raises(ArtifactError, match="no layer `nonsense`"):
         delta_file.tensor_name(weights, "nonsense")
+
+
+# ---------------------------------------------------------------- trajectories
+
+LAYERS = ("model.layers.1.mlp.up_proj", "model.layers.0.self_attn.q_proj")
+
+
+def held_as(weight, dtype):
+    """A float32 weight as a run in `dtype` loads it."""
+    if dtype.startswith("int"):
+        bits, group = map(int, dtype[3:].split("-"))
+        return codes.quantize(weight, bits, group)
+    return weight.to({"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[dtype], copy=True)
+
+
+def float_of(held):
+    return held.float() if isinstance(held, torch.Tensor) else held.dequantize()
+
+
+def trajectory_in(out, folder, dtype="fp32", optimizer="adam", law="rademacher", directions=2):
+    """A run of six steps by `descend_`, as training takes them; its weights after each step."""
+    base = delta_file.base_of(folder)
+    rounding = None if dtype in ("fp32", "fp64") else 11
+    settings = Settings(seed=3, optimizer=optimizer, weight_decay=0.1, rounding=rounding, dtype=dtype)
+    measured = [
+        Measured(
+            step,
+            1e-2 / (step + 3),
+            tuple(Shift(derive(derive(3, "step", step), i), 1 / (i - 3.3), law) for i in range(directions)),
+        )
+        for step in range(6)
+    ]
+    held = {name: held_as(base(name), dtype) for name in LAYERS}
+    masks = {LAYERS[0]: Mask(high=0.02), LAYERS[1]: Mask(keep=100, seed=5)}
+    after, hashes = (
+        [{n: float_of(w).clone() for n, w in held.items()}],
+        [{n: digest(w) for n, w in held.items()}],
+    )
+    for update in Trajectory(settings=settings, layers={}, measured=measured, steps=6).updates():
+        for name, w in held.items():
+            perturb.descend_(
+                w,
+                shifts=update.shifts,
+                tensor=perturb.tensor_id(f"{name}.weight"),
+                mask=masks[name],
+                shrink=update.shrink,
+                rounding=update.rounding,
+            )
+        after.append({n: float_of(w).clone() for n, w in held.items()})
+        hashes.append({n: digest(w) for n, w in held.items()})
+    Trajectory.of(
+        settings,
+        measured,
+        shapes={n: tuple(w.shape) for n, w in held.items()},
+        masks=masks,
+        base=hashes[0],
+        final=hashes[-1],
+        steps=6,
+        best=4,
+        best_digests=hashes[4],
+    ).save(out)
+    return after
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64", "int8-32", "int4-32"])
+@pytest.mark.parametrize(("step", "done"), [("last", 6), ("best", 4), (2, 2)])
+def test_a_trajectory_replays_in_the_type_of_the_run(dtype, step, done, folder, tmp_path):
+    after, base = trajectory_in(tmp_path, folder, dtype), delta_file.base_of(folder)
+    delta = delta_file.load(tmp_path, step=step)
+    assert delta.layers == set(LAYERS)
+    for name in LAYERS:
+        weight = base(name)
+        before = weight.clone()
+        found = delta.effective(name, weight)
+        assert found.dtype is torch.float32
+        assert torch.equal(found.view(torch.int32), after[done][name].view(torch.int32))
+        assert not torch.equal(found, after[done - 1][name])
+        assert torch.equal(weight, before), "only read"
+    assert delta.replay.verified
+    assert delta.replay.steps == done
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "sign", "adam"])
+@pytest.mark.parametrize("law", ["gaussian", "rademacher"])
+def test_every_optimizer_and_law_replays_bit_for_bit(optimizer, law, folder, tmp_path):
+    after, base = trajectory_in(tmp_path, folder, "fp32", optimizer, law), delta_file.base_of(folder)
+    found = effective(folder, delta_file.load(tmp_path), base)
+    for name in LAYERS:
+        assert torch.equal(found[f"{name}.weight"].view(torch.int32), after[6][name].view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8-32"])
+def test_a_trajectory_on_another_base_is_refused_unless_allowed(dtype, folder, tmp_path):
+    trajectory_in(tmp_path, folder, dtype)
+    weight = delta_file.base_of(folder)(LAYERS[0]) * 1.5
+    with pytest.raises(ArtifactError, match=r"started from: it is sha256:\w{12}, expected sha256:\w{12}$"):
+        delta_file.load(tmp_path).effective(LAYERS[0], weight)
+    allowed = delta_file.load(tmp_path, allow_other_base=True)
+    assert not torch.equal(allowed.effective(LAYERS[0], weight), weight)
+    assert not allowed.replay.verified
+
+
+def test_a_broken_trajectory_is_refused_when_it_is_loaded(folder, tmp_path):
+    trajectory_in(tmp_path, folder)
+    with pytest.raises(UsageError, match="0 to 6"):
+        delta_file.load(tmp_path, step=7)
+    file = tmp_path / "trajectory.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match="truncated"):
+        delta_file.load(tmp_path)

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgesft.core.directions import Directions
-from edgesft.core.protocols import Shift
+from edgesft.core.protocols import Shift, Update
 from edgesft.core.region import Flat, Whole, below, kth_smallest_magnitude
 from edgesft.core.tuned import Tuned
 from edgesft.kernels import perturb
@@ -80,14 +79,14 @@ def test_layers_are_put_back(model):
 def test_descend_moves_the_region_and_nothing_else(model, samples):
     before = [model[0].weight.clone(), model[2].weight.clone()]
     with tuned_of(model, half, in_place=True) as tuned:
-        shifts = tuple(Shift(40 + i, 0.1 * (i + 1)) for i in range(samples))
-        active = tuned.descend(Directions(0.0, shifts, tuned.theta), lr=0.01)
+        shifts = tuple(Shift(40 + i, -0.001 * (i + 1)) for i in range(samples))
+        active = tuned.descend(Update(shifts))
     assert active == sum(w.numel() // 2 for w in before)
     for w, now, name in zip(
         before, (model[0].weight, model[2].weight), ("0.weight", "2.weight"), strict=True
     ):
         mask = half(w).mask(w)
-        step = sum(-0.01 * s.scale * z(w, name, s.seed) for s in shifts)
+        step = sum(s.scale * z(w, name, s.seed) for s in shifts)
         assert torch.equal(now[~mask], w[~mask])
         torch.testing.assert_close(now[mask], (w + step)[mask], rtol=1e-6, atol=1e-8)
 
@@ -95,14 +94,14 @@ def test_descend_moves_the_region_and_nothing_else(model, samples):
 def test_descend_with_rate_zero_changes_no_bit(model):
     before = digest(model)
     with tuned_of(model, in_place=True) as tuned:
-        tuned.descend(Directions(0.0, (Shift(1, 3.0),), tuned.theta), lr=0.0)
+        tuned.descend(Update((Shift(1, 0.0),)))
     assert digest(model) == before
 
 
 def test_weight_decay_shrinks_active_entries_only(model):
     before = model[0].weight.clone()
     with tuned_of(model, half, in_place=True) as tuned:
-        tuned.descend(Directions(0.0, (Shift(1, 0.0),), tuned.theta), lr=0.5, decay=0.1)
+        tuned.descend(Update((Shift(1, 0.0),), shrink=0.95))
     mask = half(before).mask(before)
     torch.testing.assert_close(model[0].weight[mask], before[mask] * 0.95)
     assert torch.equal(model[0].weight[~mask], before[~mask])
@@ -132,6 +131,48 @@ def test_initial_theta_does_not_depend_on_other_layers(model):
 
 
 def test_in_place_needs_a_band(model):
-    fixed = tuned_of(model, lambda w: Flat(torch.arange(3)), in_place=True)
-    with fixed as tuned, tuned.shifted(SHIFT), pytest.raises(TypeError, match="band"):
-        tuned.model(torch.randn(2, 12))
+    with pytest.raises(TypeError, match="band"):
+        tuned_of(model, lambda w: Flat(torch.arange(3)), in_place=True)
+
+
+@pytest.mark.parametrize("delta", [None, Lora(rank=4), Sparse()])
+def test_several_shifts_in_one_pass_are_those_of_several_passes(model, delta):
+    x, shifts = torch.randn(5, 12), (Shift(5, 0.1), Shift(5, -0.1), None, Shift(6, 0.2, "rademacher"))
+    with tuned_of(model, half if delta is None else None, delta, in_place=delta is None) as tuned:
+        alone = []
+        for shift in shifts:
+            with tuned.shifted(shift):
+                alone.append(tuned.model(x))
+        with tuned.shifted(*shifts):
+            together = tuned.model(x.repeat(len(shifts), 1)).chunk(len(shifts))
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_replay_is_descending_again_and_restore_goes_back(model):
+    base = {"0": model[0].weight.clone(), "2": model[2].weight.clone()}
+    updates = [Update((Shift(k, 0.01 * k),), shrink=0.99) for k in range(1, 5)]
+    with tuned_of(model, half, in_place=True) as tuned:
+        tuned._base = base.__getitem__
+        before = tuned.digests()
+        for update in updates:
+            tuned.descend(update)
+        moved = tuned.digests()
+        tuned.restore()
+        assert tuned.digests() == before != moved
+        tuned.replay(updates)
+        assert tuned.digests() == moved
+
+
+@pytest.mark.parametrize("compute", ["bf16", "int8"])
+def test_lower_precision_takes_part_in_every_product(model, compute):
+    x = torch.randn(8, 12)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    plain = model(x)
+    tuned = Tuned(
+        model, layers, {"2": Whole()}, Sparse(), in_place=True, kernel=perturb, seed=0, compute=compute
+    )
+    with tuned:
+        found = tuned.model(x)
+    assert not torch.equal(found, plain)
+    torch.testing.assert_close(found, plain, rtol=0.1, atol=0.05)

@@ -32,6 +32,7 @@ def test_the_folder_runs_and_says_what_it_is(tiny_model: Path, tmp_path: Path) -
         "group": 32,
         "accuracy_level": 4,
         "mixed": True,
+        "tunable": False,
     }
     metrics = made.metrics
     assert (metrics["builder"], metrics["layers"], metrics["pattern"], metrics["density"]) == (
@@ -67,6 +68,36 @@ def test_another_precision_into_the_same_folder_is_refused(tiny_model: Path, tmp
     execute(Export(), {"model": _model(tiny_model)}, tmp_path / "x")
     with pytest.raises(ArtifactError, match=r"`params\.quantize` is `none` there and `int4` here"):
         execute(Export(quantize="int4"), {"model": _model(tiny_model)}, tmp_path / "x")
+
+
+def test_a_tunable_export_runs_and_is_another_request(tiny_model: Path, tmp_path: Path) -> None:
+    made, _ = execute(Export(tunable=True), {"model": _model(tiny_model)}, tmp_path / "x")
+    assert made.metrics["tunable"] == 2 * 7
+    table = json.loads((tmp_path / "x" / "export.json").read_text())["tunable"]
+    assert table["file"] == "model.onnx.data"
+    assert table["layers"][0]["name"] == "model.layers.0.self_attn.q_proj"
+    plain, _ = execute(Export(), {"model": _model(tiny_model)}, tmp_path / "plain")
+    assert "tunable" not in plain.metrics
+    assert plain.metrics["parameters"] == made.metrics["parameters"] == {"float32": table["parameters"]}
+    assert made.metrics["bytes"] == pytest.approx(plain.metrics["bytes"], rel=0.2)  # no weight is kept twice
+    ids = [5, 6, 7]
+    ours, stock = (load(tmp_path / n, threads=1) for n in ("x", "plain"))
+    assert generate(ours, ids, 4).tokens == generate(stock, ids, 4).tokens
+    with pytest.raises(ArtifactError, match=r"`params\.tunable` is `False` there and `True` here"):
+        execute(Export(tunable=True), {"model": _model(tiny_model)}, tmp_path / "plain")
+
+
+def test_quantised_weights_are_not_tuned() -> None:
+    with pytest.raises(UsageError, match="`--tunable` is for weights in float32, `--quantize` is `int8`"):
+        Export(tunable=True, quantize="int8")
+
+
+def test_a_traced_model_is_not_tuned(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=4)).save_pretrained(tmp_path / "m")
+    (found,) = Export(tunable=True).problems({"model": _model(tmp_path / "m")})
+    assert "architecture `gpt2`; `--tunable` needs a family among `llama`" in found
 
 
 def test_a_refused_model_leaves_nothing(tiny_model: Path, tmp_path: Path) -> None:

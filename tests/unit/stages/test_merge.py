@@ -1,11 +1,12 @@
+import dataclasses
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from edgesft.core import artifact, data, delta_file, models
-from edgesft.core.errors import ArtifactError
+from edgesft.core import artifact, data, delta_file, models, trajectory
+from edgesft.core.errors import ArtifactError, UsageError
 from edgesft.core.stage import execute
 from edgesft.stages.merge import Merge
 from edgesft.stages.tune import Tune
@@ -30,7 +31,7 @@ def deltas(model, tiny_data, tmp_path_factory):
     """One delta of each kind, and the logits of the model that it was trained in."""
     made, root = {}, tmp_path_factory.mktemp("deltas")
     inputs = {"model": model, "data": data.resolve(str(tiny_data), OPTIONS)}
-    from edgesft.stages.training import Run
+    from edgesft.stages.tuning.run import Run
 
     for name, table in TABLES.items():
         logits = {}
@@ -79,7 +80,7 @@ def test_the_folder_is_an_ordinary_one(model, deltas, tmp_path):
     out, _ = execute(Merge(), {"model": model, "delta": deltas["sparse"][0]}, tmp_path / "m")
     names = {p.name for p in out.path.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "manifest.json"} <= names
-    assert not any(n.startswith(("adapter", "delta")) for n in names)
+    assert not any(n.startswith(("adapter", "delta", "trajectory")) for n in names)
     before = models.tensors(model.path)
     after = models.tensors(out.path)
     assert set(after) == set(before)
@@ -162,15 +163,18 @@ def test_a_layer_that_the_model_lacks_is_named(model, deltas, tmp_path):
         execute(Merge(), {"model": model, "delta": delta_file.resolve(str(adapter))}, tmp_path / "m")
 
 
-def test_an_altered_delta_is_refused_when_it_is_read(deltas, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "file"), [("sparse", "trajectory.safetensors"), ("values", "delta.safetensors")]
+)
+def test_an_altered_delta_is_refused_when_it_is_read(name, file, deltas, tmp_path):
     import shutil
 
     copy = tmp_path / "copy"
-    shutil.copytree(deltas["sparse"][0].path, copy)
-    assert delta_file.resolve(str(copy)).digest == deltas["sparse"][0].digest
-    raw = bytearray((copy / "delta.safetensors").read_bytes())
+    shutil.copytree(deltas[name][0].path, copy)
+    assert delta_file.resolve(str(copy)).digest == deltas[name][0].digest
+    raw = bytearray((copy / file).read_bytes())
     raw[-5] ^= 1
-    (copy / "delta.safetensors").write_bytes(raw)
+    (copy / file).write_bytes(raw)
     with pytest.raises(ArtifactError, match="altered"):
         delta_file.resolve(str(copy))
     with pytest.raises(ArtifactError):
@@ -179,3 +183,112 @@ def test_an_altered_delta_is_refused_when_it_is_read(deltas, tmp_path):
     (copy / artifact.MANIFEST).write_text(json.dumps(manifest | {"kind": "profile"}))
     with pytest.raises(ArtifactError, match="kind"):
         delta_file.resolve(str(copy))
+
+
+# ---------------------------------------------------------------- trajectories
+
+
+def tensors_of(folder):
+    return dict(models.tensors(folder).items())
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def rewritten(delta, out, **changes):
+    """The trajectory of a delta with other contents, as an artefact that names no model."""
+    run = trajectory.load(delta.path)
+    with artifact.create(out, artifact.Request("delta", "tune", {}, {})) as (work, _):
+        dataclasses.replace(run, **changes).save(work.path)
+    return artifact.read(out, "delta")
+
+
+def test_a_trajectory_says_what_its_replay_did(model, deltas, tmp_path):
+    out, _ = execute(Merge(), {"model": model, "delta": deltas["sparse"][0]}, tmp_path / "m")
+    assert out.metrics["replayed_steps"] == 4
+    assert out.metrics["verified"] is True
+    assert out.metrics["replay_seconds"] > 0
+    other, _ = execute(Merge(), {"model": model, "delta": deltas["values"][0]}, tmp_path / "n")
+    assert not {"replayed_steps", "verified", "replay_seconds"} & set(other.metrics)
+
+
+def test_a_step_in_the_middle_is_where_a_shorter_run_ends(model, deltas, tiny_data, tmp_path):
+    inputs = {"model": model, "data": data.resolve(str(tiny_data), OPTIONS)}
+    stage = Tune.from_recipe(TABLES["sparse"] | {"steps": 2, "batch_size": 4, "dev_limit": 4}, OPTIONS)
+    short, _ = execute(stage, inputs, tmp_path / "short")
+    expected, _ = execute(Merge(), {"model": model, "delta": short}, tmp_path / "a")
+    both = {"model": model, "delta": deltas["sparse"][0]}
+    found, _ = execute(Merge(step=2), both, tmp_path / "b")
+    assert equal(tensors_of(found.path), tensors_of(expected.path))
+    assert found.metrics["replayed_steps"] == 2
+    assert found.metrics["verified"] is True
+    whole, _ = execute(Merge(step=4), both, tmp_path / "c")
+    assert not equal(tensors_of(whole.path), tensors_of(found.path))
+    none, _ = execute(Merge(step=0), both, tmp_path / "d")
+    assert equal(tensors_of(none.path), tensors_of(model.path))
+
+
+def test_the_best_step_is_merged(model, deltas, tmp_path):
+    delta = rewritten(deltas["sparse"][0], tmp_path / "d", best=3)
+    bare = {n: dataclasses.replace(x, best=None) for n, x in trajectory.load(delta.path).layers.items()}
+    delta = rewritten(delta, tmp_path / "e", layers=bare)
+    best, _ = execute(Merge(step="best"), {"model": model, "delta": delta}, tmp_path / "a")
+    third, _ = execute(Merge(step=3), {"model": model, "delta": deltas["sparse"][0]}, tmp_path / "b")
+    assert equal(tensors_of(best.path), tensors_of(third.path))
+    assert best.metrics["replayed_steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "message"),
+    [("values", 3, "no delta"), ("lora", "best", "no delta"), ("sparse", 5, "0 to 4")],
+)
+def test_steps_that_there_are_not_are_refused_before_work(name, step, message, model, deltas, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        execute(Merge(step=step), {"model": model, "delta": deltas[name][0]}, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_weights_that_the_run_did_not_start_from_are_refused(model, deltas, tmp_path):
+    """Also where no manifest says which model it was."""
+    other = tmp_path / "other"
+    models.load(model.path).save_pretrained(other)
+    models.copy_files(model.path, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, other / "model.safetensors")
+    delta = rewritten(deltas["sparse"][0], tmp_path / "d")
+    inputs = {"model": models.resolve(str(other)), "delta": delta}
+    with pytest.raises(ArtifactError, match=r"layers\.1\.mlp\.up_proj.*sha256:.*sha256:"):
+        execute(Merge(), inputs, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    out, _ = execute(Merge(allow_other_base=True), inputs, tmp_path / "m")
+    assert out.metrics["verified"] is False
+    right = {"model": model, "delta": delta}
+    assert execute(Merge(allow_other_base=True), right, tmp_path / "n")[0].metrics["verified"] is True
+
+
+def test_a_replay_that_ends_elsewhere_writes_nothing(model, deltas, tmp_path):
+    run = trajectory.load(deltas["sparse"][0].path)
+    first, *rest = run.measured
+    shift = dataclasses.replace(first.shifts[0], scale=first.shifts[0].scale * 1.001)
+    measured = (dataclasses.replace(first, shifts=(shift,)), *rest)
+    delta = rewritten(deltas["sparse"][0], tmp_path / "d", measured=measured)
+    for step in ("last", 2):
+        with pytest.raises(ArtifactError, match="the replay of"):
+            execute(Merge(step=step), {"model": model, "delta": delta}, tmp_path / "m")
+        assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("base", ["bf16", "int8"])
+def test_a_run_in_another_type_than_the_file_is_merged(base, model, tiny_data, tmp_path):
+    inputs = {"model": model, "data": data.resolve(str(tiny_data), OPTIONS)}
+    table = TABLES["sparse"] | {"steps": 2, "batch_size": 2, "dev_limit": 2, "base": base}
+    delta, _ = execute(Tune.from_recipe(table, OPTIONS), inputs, tmp_path / "d")
+    out, _ = execute(Merge(), {"model": model, "delta": delta}, tmp_path / "m")
+    assert out.metrics["verified"] is True
+    weights = models.tensors(out.path)
+    tuned = weights.get("model.layers.0.mlp.up_proj.weight")
+    assert tuned.dtype is torch.float32
+    if base == "bf16":
+        assert torch.equal(tuned, tuned.bfloat16().float())

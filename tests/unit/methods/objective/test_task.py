@@ -98,3 +98,22 @@ def test_free_text_has_no_answers(model):
     with pytest.raises(UsageError, match="no answers"):
         Task().scores(model, lm_batch())
     assert Task().assess(model, lm_batch())[1] is None
+
+
+@pytest.mark.parametrize("chunk", [task.CHUNK_BYTES, 48])
+def test_copies_share_a_pass_and_the_logits_stay_in_chunks(model, chunk, monkeypatch):
+    monkeypatch.setattr(task, "CHUNK_BYTES", chunk)
+    passes, rows = [], []
+    handles = [
+        model.model.register_forward_pre_hook(
+            lambda _, args, kw: passes.append(kw["input_ids"].shape), with_kwargs=True
+        ),
+        model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0])),
+    ]
+    found = Task().losses(model, lm_batch(), 3)
+    for handle in handles:
+        handle.remove()
+    assert passes == [(12, 6)]
+    assert sum(rows) == 3 * 4
+    assert max(rows) == (1 if chunk == 48 else 12)
+    torch.testing.assert_close(found, Task().loss(model, lm_batch()).expand(3), rtol=1e-6, atol=1e-6)

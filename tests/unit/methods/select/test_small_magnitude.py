@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from edgesft.core import catalog
 from edgesft.core.errors import UsageError
-from edgesft.core.protocols import Shift
+from edgesft.core.protocols import Shift, Update
 from edgesft.core.region import Whole
 from edgesft.core.signals import Statistics
 from edgesft.core.tuned import Tuned
@@ -50,7 +52,8 @@ def trajectory(select, steps=12):
                 return (tuned.model(x) - y).square().mean()
 
         for step in range(steps):
-            tuned.descend(Spsa().gradient(loss, tuned.theta, step), lr=0.05)
+            found = Spsa().gradient(loss, tuned.theta, step)
+            tuned.descend(Update(tuple(replace(s, scale=-0.05 * s.scale) for s in found.shifts)))
     return torch.cat([m.weight.detach().flatten() for m in layers.values()]), regions
 
 
