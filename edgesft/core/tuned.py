@@ -136,8 +136,11 @@ class TunedLinear(nn.Module):
 
     def _product(self, x: Tensor, shifts: Sequence[Shift | None]) -> Tensor:
         weight, compute = self.stored, self._setting.compute
-        if compute == "native" and all(s is None for s in shifts) and isinstance(weight, Tensor):
-            return functional.linear(x, weight, self.bias)
+        if compute == "native" and all(s is None for s in shifts):
+            if isinstance(weight, Tensor):
+                return functional.linear(x, weight, self.bias)
+            plain: Tensor = self.base(x)  # lets a gradient through
+            return plain
         return self._kernel.perturbed_linear(
             x,
             weight,
@@ -176,7 +179,8 @@ def stored(base: nn.Module) -> Any:  # noqa: ANN401 - a Tensor or a Quantized
 
 def floats(base: nn.Module) -> Tensor:
     """The weight of a linear layer in floating point; made new where it is quantised."""
-    found: Tensor = base.weight if getattr(base, "quantized", None) is None else base.quantized.dequantize()  # type: ignore[assignment,union-attr,operator]
+    held = stored(base)
+    found: Tensor = held if isinstance(held, Tensor) else held.dequantize()
     return found
 
 

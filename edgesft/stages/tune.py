@@ -177,7 +177,7 @@ class Tune:
         rank = None if ranks is None or ranks.world == 1 else ranks
         offload = self._offloaded(model, rank)
         loaded = self.load(model) if offload is None else stack.enter_context(offload).model
-        total = _parameters(loaded)
+        total = self._parameters(loaded)
         with self._tuned(loaded, model, offload) as tuned:
             if rank is not None and not tuned.in_place:
                 from edgesft.core import sharding
@@ -232,7 +232,8 @@ class Tune:
         if self.base in BITS:
             from edgesft.core import quantized
 
-            return quantized.load(model.path, bits=BITS[self.base], group=self.group)
+            dtype = "bfloat16" if self.compute == "bf16" else "float32"  # of activations
+            return quantized.load(model.path, bits=BITS[self.base], group=self.group, dtype=dtype)
         return models.load(model.path, dtype=DTYPES[self.base])
 
     @property
@@ -245,7 +246,7 @@ class Tune:
         source: Artifact | None = None,
         offload: "Offload | None" = None,
     ) -> "Tuned":
-        from edgesft.core import models
+        from edgesft.core import memory, models
         from edgesft.core.tuned import Tuned, floats
 
         layers: Mapping[str, Any] = self._layers(model)
@@ -262,6 +263,7 @@ class Tune:
             raise UsageError("the selection leaves nothing to train")
         self._check_whole(regions)
         bands = all(hasattr(region, "rule") for region in regions.values())
+        memory.trim()  # looking for the regions leaves tens of megabytes on the heap
         return Tuned(
             model,
             layers,
@@ -275,6 +277,13 @@ class Tune:
             prefix=None if offload else self._prefix(model),
             offload=offload,
         )
+
+    def _parameters(self, model: Any) -> int:  # noqa: ANN401 - nn.Module
+        if self.base in BITS:
+            from edgesft.core import quantized
+
+            return quantized.numel(model)
+        return sum(p.numel() for p in model.parameters())
 
     def _layers(self, model: Any) -> Mapping[str, Any]:  # noqa: ANN401 - nn.Module
         from edgesft.core import models
@@ -314,6 +323,11 @@ class Tune:
     def _check_fit(self) -> None:
         if self.select.needs:
             raise UsageError(f"the selection needs the signal `{min(self.select.needs)}`, which tune lacks")
+        if getattr(self.delta, "needs_quantized", False) and self.base not in BITS:
+            raise UsageError(
+                f"the delta rounds into the grid of quantised weights, the base is `{self.base}`",
+                "--base int8, or delta.use=sparse",
+            )
         if self.lr == "auto" and not self.in_place:
             raise UsageError("a learning rate is found for weights in place only", "--set tune.lr=1e-4")
         if self.optimizer == "sign" and not self.in_place:
@@ -369,10 +383,6 @@ def _finish(run: Run) -> dict[str, Any]:
 
 def _digests(inputs: Mapping[str, Artifact]) -> dict[str, str]:
     return {role: each.digest for role, each in inputs.items()}
-
-
-def _parameters(model: Any) -> int:  # noqa: ANN401 - nn.Module
-    return sum(p.numel() for p in model.parameters())
 
 
 def _rounded_up(value: float) -> float:

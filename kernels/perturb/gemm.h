@@ -134,7 +134,8 @@ class Noise {
             at[range] = range * room + begin - from;
             if (group.law == NORMAL)
                 for (int64_t i = 0; i < count; ++i)
-                    normals(key, job.tensor, static_cast<uint64_t>(from + i * grain) / 4, z_ + range * room + i * grain);
+                    normals(key, job.tensor, static_cast<uint64_t>(from + i * grain) / 4,
+                            z_ + range * room + i * grain);
             else
                 signs(key, job.tensor, static_cast<uint64_t>(from / grain), count, bits_ + range * room / 32);
         }

@@ -1,9 +1,9 @@
 """Products with perturbed weights that exist only in cache: the fast path of `perturbed_linear` on x86 CPUs.
 
-gemm.cpp makes noise and perturbed rows (or, of quantised weights, float rows) block by block inside the product,
-so W is read once for all groups and each noise is drawn once. Memory beside the arguments, kept for the next
-call: x once more in the type of the product; 5 MiB a thread at most; and 64 to 1536 bytes a thread and row of
-x where `in` exceeds 768 (bf16: 1536, int8: 3072) and partial sums have to wait.
+gemm.cpp makes noise and perturbed rows (or, of quantised weights, float rows) block by block inside the
+product, so W is read once for all groups and each noise is drawn once. Memory beside the arguments, kept for
+the next call: x once more in the type of the product; 5 MiB a thread at most; and 64 to 1536 bytes a thread
+and row of x where `in` exceeds 768 (bf16: 1536, int8: 3072) and partial sums have to wait.
 
 Perturbed weights have the bits of the strips elsewhere in this package; sums are in float32 (int8: exact in
 int32) but in another order than torch's, so results differ by a few units of float32 rounding.
@@ -81,9 +81,9 @@ def _wins(kind: int, plain: bool, ready: bool, shifts: tuple[Shift | None, ...],
     """Whether the shifts can be served, and whether it pays with `rows` rows a group.
 
     Measured against strips and torch's products (tests/bench/bench_perturbed_gemm.py): int8 and quantised
-    weights win at all sizes, float weights up to several hundred rows a group; beyond them making strips costs
-    little and torch's products are as fast or faster. A weight that is `ready`, that is stored in the type of
-    the product, and that nobody perturbs is torch's own case.
+    weights win at all sizes, float weights up to several hundred rows a group; beyond them strips cost little
+    and torch's products are as fast or faster. A weight that is `ready`, that is stored in the type of the
+    product, and that nobody perturbs is torch's own case.
     """
     if not all(s is None or s.law in _LAWS for s in shifts):
         return False
@@ -104,10 +104,10 @@ def linear(
 ) -> Tensor | None:  # (k n, ..., out)
     """x_j (W + scale_j * m * z_j)^T + b for k = len(shifts) groups of rows; ask `fits` first.
 
-    See `perturbed_linear` for the arguments. "native": the product of x's type. "int8": y = s_x (s_w (x_q W_q^T)
-    + scale (x_q (m z)_q^T)), one step a row of x and of W (largest |entry| / 127), rademacher noise exact,
-    gaussian noise in steps of 6.67 / 127; a row with a number that is not finite gives NaN. Returns None when
-    there is no memory for it.
+    See `perturbed_linear` for the arguments. "native": the product of x's type. "int8": y = s_x (s_w
+    (x_q W_q^T) + scale (x_q (m z)_q^T)), one step a row of x and of W (largest |entry| / 127), rademacher
+    noise exact, gaussian noise in steps of 6.67 / 127; a row with a number that is not finite gives NaN.
+    Returns None when there is no memory for it.
     """
     library = _library()
     if library is None:

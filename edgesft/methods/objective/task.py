@@ -112,11 +112,10 @@ def _log_probabilities(model: nn.Module, batch: Batch, copies: int) -> Tensor:  
 
 def _choice_logits(model: nn.Module, hidden: Tensor, choices: Tensor) -> Tensor:
     """Logits (N, C) of the tokens `choices` (C,) alone."""
-    from torch import nn
     from torch.nn import functional
 
     head = models.head(model)
-    if not isinstance(head, nn.Linear):
+    if not hasattr(head, "weight"):  # scaled or capped
         logits: Tensor = head(hidden)
         return logits[:, choices]
     bias = None if head.bias is None else head.bias[choices]

@@ -10,9 +10,9 @@ def resident():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmRSS")) / 1024
 if sys.argv[1] == "tighten":
     memory.tighten()
+before = resident()
 for _ in range(3):
     bytearray(b"x") * (30 << 20)  # glibc now takes such sizes from its heap
-before = resident()
 pairs = [(bytearray(b"x") * (2 << 20), bytearray(b"x") * 100_000) for _ in range(20)]
 keep = [small for _, small in pairs]  # between what is freed
 del pairs
