@@ -25,8 +25,8 @@ def trim() -> None:
         give_back(0)
 
 
-def tighten() -> None:
-    """From now on memory of 1 MiB and more goes back as soon as it is freed, in the whole process.
+def tighten(large: int = _LARGE) -> None:
+    """From now on memory of `large` bytes and more goes back as soon as it is freed, in the whole process.
 
     By itself glibc soon serves activations from its heap, where they leave gaps twice their size. Each of
     them now costs its page faults: a forward pass over 4-bit weights of 512 tokens takes about a twentieth
@@ -34,6 +34,6 @@ def tighten() -> None:
     """
     option = getattr(_libc(), "mallopt", None)
     if option is not None:
-        option(_MMAP_THRESHOLD, _LARGE)
-        option(_TRIM_THRESHOLD, _LARGE)
+        option(_MMAP_THRESHOLD, large)
+        option(_TRIM_THRESHOLD, large)
     trim()

@@ -44,15 +44,12 @@ class Merge:
         return asdict(self)
 
     def problems(self, inputs: Mapping[str, Artifact]) -> list[str]:
-        from edgesft.core import trajectory
-
         self._check_step(_deltas(inputs))
         found = []
         for delta in _deltas(inputs):
-            if (delta.path / trajectory.FILE).is_file():
-                continue  # checked weight by weight: it may come from an export of the same model
             base = delta.manifest.get("inputs", {}).get("model")
-            if base is not None and base != inputs["model"].digest and not self.allow_other_base:
+            same = base is None or base == inputs["model"].digest
+            if not same and not self.allow_other_base and not _exported(delta, inputs["model"]):
                 found.append(
                     f"`{delta.ref}` was trained on another model than `{inputs['model'].ref}`: "
                     f"{base[:19]}..., not {inputs['model'].digest[:19]}..."
@@ -141,6 +138,17 @@ class _Merged(Mapping[str, "Tensor"]):
         kept = int((written != base).sum())
         self.changed_values += kept
         self.lost += max(0, wanted - kept)
+
+
+def _exported(delta: Artifact, model: Artifact) -> bool:
+    """Whether the delta is a trajectory that was made on an export of this model. Each weight is checked
+    when it is replayed."""
+    from edgesft.core import trajectory
+
+    if not (delta.path / trajectory.FILE).is_file():
+        return False
+    inputs = trajectory.load(delta.path).settings.about.get("inputs", {})
+    return isinstance(inputs, dict) and inputs.get("source") == model.digest
 
 
 def _replays(deltas: "Sequence[TrajectoryDelta]") -> dict[str, Any]:

@@ -204,7 +204,8 @@ class Tune:
         tunable = catalog.runtime("exporters.tunable").OnnxTunable(
             model.path, select=self.select, threads=threads.resolve(0)
         )
-        trainee = InPlace(self, tunable, "fp32", digests={"model": model.digest})
+        source = model.manifest.get("inputs", {}).get("model", "")  # the model that it was exported from
+        trainee = InPlace(self, tunable, "fp32", digests={"model": model.digest, "source": source})
         metrics = _finish(Run(self, tunable, trainee, dataset, work, ranks))
         return {"parameters": tunable.parameters, **metrics}
 
@@ -228,12 +229,12 @@ class Tune:
         """The model with its weights as `base` says."""
         from edgesft.core import memory, models
 
-        memory.tighten()
         if self.base in BITS:
             from edgesft.core import quantized
 
             dtype = "bfloat16" if self.compute == "bf16" else "float32"  # of activations
             return quantized.load(model.path, bits=BITS[self.base], group=self.group, dtype=dtype)
+        memory.tighten(4 << 20)  # of the activations of a few hundred tokens only the logits are larger
         return models.load(model.path, dtype=DTYPES[self.base])
 
     @property

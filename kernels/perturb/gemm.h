@@ -225,7 +225,7 @@ void fill(const Job& job, const Block& block, const Noise& noise, const float* s
     const int64_t whole = block.length / 16, words = up(block.length, 16) / 16;
     for (int64_t r = 0; r < block.rows; ++r) {
         const int64_t o = block.first + r, k = block.k;
-        const Noise::Row z = noise.row(r);
+        const Noise::Row z = LAW == PLAIN ? Noise::Row{} : noise.row(r);
         const __mmask16* in = MASKED ? active + r * words : nullptr;
         To* rows[COUNT];
         for (int c = 0; c < COUNT; ++c) rows[c] = to[c] + r * stride;

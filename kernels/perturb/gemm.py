@@ -57,10 +57,11 @@ def fits(
     kind = _kind(x, compute)
     if not kind & kinds():
         return False
-    plain = isinstance(weight, Tensor)
-    if plain:
+    ready = False
+    if isinstance(weight, Tensor):
         if weight.dtype not in _TYPES or not weight.is_cpu or not weight.is_contiguous():
             return False
+        ready = _TYPES[weight.dtype] == (kind == HALF)
     elif not (
         weight.codes.is_cpu
         and weight.group % 16 == 0
@@ -72,8 +73,7 @@ def fits(
     numel = x.numel()
     if not (out and width and numel):
         return False
-    ready = plain and _TYPES[weight.dtype] == (kind == HALF)
-    return _wins(kind, plain, ready, tuple(shifts), numel // (width * len(shifts)))
+    return _wins(kind, isinstance(weight, Tensor), ready, tuple(shifts), numel // (width * len(shifts)))
 
 
 @functools.lru_cache(maxsize=1024)

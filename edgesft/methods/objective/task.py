@@ -12,7 +12,7 @@ Cost: nothing beside the forward pass of the model.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgesft.core import models
 from edgesft.core.batches import Batch
@@ -114,9 +114,10 @@ def _choice_logits(model: nn.Module, hidden: Tensor, choices: Tensor) -> Tensor:
     """Logits (N, C) of the tokens `choices` (C,) alone."""
     from torch.nn import functional
 
-    head = models.head(model)
+    head: Any = models.head(model)
     if not hasattr(head, "weight"):  # scaled or capped
         logits: Tensor = head(hidden)
         return logits[:, choices]
     bias = None if head.bias is None else head.bias[choices]
-    return functional.linear(hidden, head.weight[choices], bias)
+    weight: Tensor = head.weight[choices]  # of a quantised head, these rows in float32
+    return functional.linear(hidden, weight.to(hidden.dtype), bias)
