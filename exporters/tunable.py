@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from edgesft.core import catalog, scoring
 from edgesft.core.artifact import Artifact
-from edgesft.core.batches import ArrayBatch
+from edgesft.core.batches import TOGETHER_TOKENS, ArrayBatch
 from edgesft.core.errors import UsageError
 from edgesft.core.protocols import Mask, Shift, Update
 from edgesft.exporters import mapped, replace
@@ -26,7 +26,6 @@ from edgesft.kernels.perturb import host
 from edgesft.kernels.perturb.ort_op import CHOICE, LAWS, RANGE, SCALE, SHIFTS
 
 LOGIT_BYTES = 128 << 20  # of one pass together
-TOGETHER_TOKENS = 256  # up to here reading every weight once is worth a doubled batch
 _CHUNK = 1 << 20  # entries looked at together
 NOTHING = Mask(keep=0)
 

@@ -12,7 +12,6 @@ the update. Forward passes only: a backward pass would keep every mapping alive.
 The folder is scratch: it is made anew from the model at every start, and a run goes on by its trajectory.
 """
 
-import ctypes
 import errno
 import json
 import shutil
@@ -27,12 +26,10 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from edgesft.core import models
+from edgesft.core import memory, models
 from edgesft.core.errors import ArtifactError, DeviceError, UsageError
 from edgesft.core.weights import TORCH_NAMES, Weights, check_finite
 
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-MAPPED_BYTES = 1 << 20  # blocks from this size on are given back as soon as they are free
 SCRATCH = "edgesft-offload"  # the folder below the one that the user names; nothing else in it is touched
 
 
@@ -212,7 +209,7 @@ def load(path: Path, folder: Path, *, memory_bytes: int | None = None, dtype: st
     Raises ArtifactError (as `models.load`), DeviceError (too little memory or disk), UsageError (the folder
     is in use).
     """
-    _give_memory_back()
+    memory.tighten()  # gaps in the heap would take more than is put on disk: 260 MB were seen
     model, weights = _empty_model(path, dtype), Weights(path)
     sizes = {name: sum(p.nbytes for p in layer.parameters()) for name, layer in models.linears(model).items()}
     on_disk = _plan(path, model, sizes, memory_bytes)
@@ -297,16 +294,6 @@ def _read(weights: Weights, name: str, like: Tensor) -> Tensor:
     tensor = data.view(getattr(torch, TORCH_NAMES[info.dtype])).view(info.shape).to(like.dtype)
     check_finite(name, tensor)
     return tensor
-
-
-def _give_memory_back() -> None:
-    """Let glibc map every large block by itself, so that a freed one leaves the process at once.
-
-    Otherwise it learns from the first large blocks to keep the next on its heap, whose holes then take more
-    memory than the weights that were put on disk (measured: 260 MB at 8 x 64 tokens through 135 M weights).
-    """
-    with suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def _check(model: nn.Module, weights: Weights, on_disk: Mapping[str, int]) -> None:

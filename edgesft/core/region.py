@@ -89,9 +89,9 @@ class Scattered(Band):
         import torch
 
         kernel = catalog.runtime("kernels.perturb")
-        inside = getattr(catalog.runtime("kernels.perturb.host"), "inside", None)
-        if inside is None or not self.tensor:
+        if not self.tensor:
             raise UsageError("a random share of the weights can be tuned in place only", "delta.use=sparse")
+        inside = catalog.runtime("kernels.perturb.host").inside
         found = inside(w.detach().float().cpu().numpy(), self.rule(), kernel.tensor_id(self.tensor))
         return torch.from_numpy(found).to(w.device)
 
