@@ -35,5 +35,5 @@ def tighten(large: int = _LARGE) -> None:
     option = getattr(_libc(), "mallopt", None)
     if option is not None:
         option(_MMAP_THRESHOLD, large)
-        option(_TRIM_THRESHOLD, large)
+        option(_TRIM_THRESHOLD, 2 * large)  # at `large`, the small tensors of every layer go and come again
     trim()

@@ -12,14 +12,14 @@ another shift of the same weights, which are read once.
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgesft.core import catalog
+from edgesft.core import catalog, gated
 from edgesft.core.batches import TOGETHER_TOKENS, ArrayBatch
 from edgesft.core.protocols import Mask, Objective, Region, Shift, Theta, Update
 from edgesft.core.region import Band
@@ -210,6 +210,7 @@ class Tuned:
         self.model, self.in_place, self._kernel = model, in_place, kernel
         self.setting = Setting(compute)
         self.prefix, self._base, self._offload = prefix, base, offload
+        self._stack = ExitStack()
         self.layers: dict[str, TunedLinear] = {}
         self._others: dict[str, TunedLinear] = {}
         if in_place and not all(isinstance(region, Band) for region in regions.values()):
@@ -224,6 +225,7 @@ class Tuned:
                 self._others[name] = TunedLinear(name, linear, None, delta, {}, self.setting, kernel)
 
     def __enter__(self) -> "Tuned":
+        self._stack.enter_context(gated.in_place(self.model))
         for name, layer in (self.layers | self._others).items():
             _replace(self.model, name, layer)
             if self._offload is not None:
@@ -231,6 +233,7 @@ class Tuned:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stack.close()
         for name, layer in (self.layers | self._others).items():
             if self._offload is not None:
                 self._offload.detach(layer)
