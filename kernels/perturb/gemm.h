@@ -1,17 +1,18 @@
-// Pieces of the fused product: stored weights to perturbed rows, and x to packed panels.
+// Pieces of the fused product: stored weights to perturbed panels, and x to units.
 //
-// The perturbed weight is the operand that is broadcast, row after row as it is stored, so that noise, mask and
-// dequantisation run along memory; x is transposed into panels, once a call. A tile of the product is therefore
-// one of y^T and is turned round when it is written.
+// Rows of x are what the micro-kernels broadcast, as they lie in memory (float32) or converted once a call; rows of
+// y come out as they are to be written. Of W, which goes through registers anyway to be perturbed, panels are made
+// that run across the rows.
 //
 // A unit is 32 bits of one row along `in`: one float32, two bfloat16 or four int8. All three kinds of
-// micro-kernel see rows of units on the weight's side and (unit, 16 nv rows of x) panels on the other.
+// micro-kernel see rows of units of x and (unit, 16 V rows of W) panels.
 
 #ifndef EDGESFT_PERTURB_GEMM_H
 #define EDGESFT_PERTURB_GEMM_H
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -91,26 +92,42 @@ inline __m512 widen(const void* from, int64_t at, __mmask16 some) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// Entries k .. k + 15 of row `o` of the stored weight as float32; k is a multiple of 16.
+// Row `o` of the stored weight as float32.
 template <int TYPE>
-inline __m512 stored(const Job& job, int64_t o, int64_t k, __mmask16 some) {
-    if (TYPE == FLOAT32 || TYPE == BFLOAT16) return widen<TYPE>(job.weight, o * job.in + k, some);
-    __m512i code;
-    if (TYPE == INT8) {
-        const int8_t* row = static_cast<const int8_t*>(job.weight) + o * job.in;
-        code = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, row + k));
-    } else {
-        const uint8_t* row = static_cast<const uint8_t*>(job.weight) + o * ((job.in + 1) / 2);
-        const int count = __builtin_popcount(some);
-        const __mmask16 bytes = static_cast<__mmask16>((1u << ((count + 1) / 2)) - 1);
-        const __m128i pairs = _mm_cvtepu8_epi16(_mm_maskz_loadu_epi8(bytes, row + k / 2));
-        const __m128i nibbles = _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16(pairs, 4)), _mm_set1_epi8(15));
-        code = _mm512_sub_epi32(_mm512_cvtepu8_epi32(nibbles), _mm512_set1_epi32(8));
+class Stored {
+  public:
+    Stored() = default;
+    Stored(const Job& job, int64_t o) : width_(job.width) {
+        const int64_t bytes = TYPE == FLOAT32    ? 4 * job.in
+                              : TYPE == BFLOAT16 ? 2 * job.in
+                              : TYPE == INT8     ? job.in
+                                                 : (job.in + 1) / 2;
+        row_ = static_cast<const char*>(job.weight) + o * bytes;
+        if (TYPE == INT8 || TYPE == INT4) scales_ = job.scales + o * ((job.in + width_ - 1) / width_);
     }
-    const int64_t groups = (job.in + job.width - 1) / job.width;
-    const __m512 scale = _mm512_set1_ps(_cvtsh_ss(job.scales[o * groups + k / job.width]));
-    return _mm512_maskz_mul_ps(some, _mm512_cvtepi32_ps(code), scale);
-}
+
+    // Entries k .. k + 15; k is a multiple of 16.
+    __m512 at(int64_t k, __mmask16 some) const {
+        if (TYPE == FLOAT32 || TYPE == BFLOAT16) return widen<TYPE>(row_, k, some);
+        __m512i code;
+        if (TYPE == INT8) {
+            code = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, row_ + k));
+        } else {
+            const int count = __builtin_popcount(some);
+            const __mmask16 bytes = static_cast<__mmask16>((1u << ((count + 1) / 2)) - 1);
+            const __m128i pairs = _mm_cvtepu8_epi16(_mm_maskz_loadu_epi8(bytes, row_ + k / 2));
+            const __m128i nibbles = _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16(pairs, 4)), _mm_set1_epi8(15));
+            code = _mm512_sub_epi32(_mm512_cvtepu8_epi32(nibbles), _mm512_set1_epi32(8));
+        }
+        const __m512 scale = _mm512_set1_ps(_cvtsh_ss(scales_[k / width_]));
+        return _mm512_maskz_mul_ps(some, _mm512_cvtepi32_ps(code), scale);
+    }
+
+  private:
+    const char* row_ = nullptr;
+    const uint16_t* scales_ = nullptr;
+    int64_t width_ = 1;
+};
 
 // The noise of a block: made once, read by every group of its seed. Row r starts at `at[r]` of the buffer, in
 // entries (NORMAL) or bits (SIGN).
@@ -125,7 +142,7 @@ class Noise {
         const int64_t grain = group.law == NORMAL ? PIECE : 128, room = up(length, grain) + grain;
         bits_ = nullptr;
         z_ = nullptr;
-        if (group.law == NORMAL ? !(z_ = memory_.get<float>(ranges * room + 16))
+        if (group.law == NORMAL ? !(z_ = memory_.get<float>(ranges * room + 64))
                                 : !(bits_ = memory_.get<uint32_t>(ranges * room / 32 + 16)))
             return false;
         for (int64_t range = 0; range < ranges; ++range) {
@@ -146,9 +163,9 @@ class Noise {
 
     // One row of it. By value: vector stores may alias what is behind a reference.
     struct Row {
-        const float* z;
-        const uint8_t* bytes;
-        int shift;
+        const float* z = nullptr;
+        const uint8_t* bytes = nullptr;
+        int shift = 0;
 
         __m512 normal(int64_t k) const { return _mm512_loadu_ps(z + k); }
         // Sign bits of entries k .. k + 15 in the lower half; k is a multiple of 16.
@@ -156,6 +173,12 @@ class Noise {
             uint32_t word;
             std::memcpy(&word, bytes + k / 8, sizeof word);
             return word >> shift;
+        }
+        // Those of 64 entries.
+        uint64_t signs(int64_t k) const {
+            uint64_t word;
+            std::memcpy(&word, bytes + k / 8, sizeof word);
+            return shift ? word >> shift | static_cast<uint64_t>(bytes[k / 8 + 8]) << (64 - shift) : word;
         }
     };
 
@@ -183,13 +206,14 @@ inline bool choose(const Job& job, const Block& block, Memory& memory, Memory& r
     const __m512 low = _mm512_set1_ps(job.low), high = _mm512_set1_ps(job.high);
     const __m128i keep = _mm_set1_epi8(static_cast<char>(job.keep));
     for (int64_t r = 0; r < block.rows; ++r) {
+        const Stored<TYPE> row(job, block.first + r);
         const int64_t begin = (block.first + r) * job.in + block.k;
         if (bytes)
             mask_bytes(key, job.tensor, static_cast<uint64_t>(begin / 16),
                        (begin + block.length + 15) / 16 - begin / 16, bytes);
         for (int64_t i = 0; i < words; ++i) {
             const __mmask16 some = first_of(block.length - 16 * i);
-            const __m512 size = _mm512_abs_ps(stored<TYPE>(job, block.first + r, block.k + 16 * i, some));
+            const __m512 size = _mm512_abs_ps(row.at(block.k + 16 * i, some));
             __mmask16 in = _mm512_mask_cmp_ps_mask(some, size, low, _CMP_GE_OQ);
             in = _mm512_mask_cmp_ps_mask(in, size, high, _CMP_LE_OQ);
             if (bytes) {
@@ -200,55 +224,6 @@ inline bool choose(const Job& job, const Block& block, Memory& memory, Memory& r
         }
     }
     return true;
-}
-
-// Where perturbed rows go: float32, or rounded to bfloat16 (subnormals to zero, as the products treat them).
-inline void put(float* to, __m512 value) { _mm512_store_ps(to, value); }
-#if defined(__AVX512BF16__)
-inline void put(uint16_t* to, __m512 value) {
-    const __m256bh half = _mm512_cvtneps_pbh(value);
-    std::memcpy(to, &half, sizeof half);
-}
-#endif
-
-// Rows of W + scales[c] * m * z for COUNT scales, each operation rounded once to float32; `stride` entries a
-// row, zeros behind the end as far as `stride`.
-template <int TYPE, int LAW, bool MASKED, int COUNT, class To>
-void fill(const Job& job, const Block& block, const Noise& noise, const float* scales, const __mmask16* active,
-          To* const* to, int64_t stride) {
-    const Job own = job;
-    __m512 plus[COUNT], minus[COUNT];
-    for (int c = 0; c < COUNT; ++c) {
-        plus[c] = _mm512_set1_ps(scales[c]);
-        minus[c] = _mm512_set1_ps(-scales[c]);
-    }
-    const int64_t whole = block.length / 16, words = up(block.length, 16) / 16;
-    for (int64_t r = 0; r < block.rows; ++r) {
-        const int64_t o = block.first + r, k = block.k;
-        const Noise::Row z = LAW == PLAIN ? Noise::Row{} : noise.row(r);
-        const __mmask16* in = MASKED ? active + r * words : nullptr;
-        To* rows[COUNT];
-        for (int c = 0; c < COUNT; ++c) rows[c] = to[c] + r * stride;
-        const auto one = [=](int64_t i, __mmask16 some) __attribute__((always_inline)) {
-            const __m512 w = stored<TYPE>(own, o, k + 16 * i, some);
-            if (MASKED) some = in[i];
-            for (int c = 0; c < COUNT; ++c) {
-                __m512 moved = w;
-                if (LAW == SIGN) {
-                    const __mmask16 negative = static_cast<__mmask16>(z.sign(16 * i));
-                    moved = _mm512_mask_add_ps(w, some, w, _mm512_mask_blend_ps(negative, plus[c], minus[c]));
-                } else if (LAW == NORMAL) {
-                    moved = _mm512_mask_add_ps(w, some, w, _mm512_mul_ps(plus[c], z.normal(16 * i)));
-                }
-                put(rows[c] + 16 * i, moved);
-            }
-        };
-#pragma GCC unroll 2
-        for (int64_t i = 0; i < whole; ++i) one(i, 0xFFFF);
-        if (whole < words) one(whole, first_of(block.length - 16 * whole));
-        for (int c = 0; c < COUNT; ++c)
-            for (int64_t i = 16 * words; i < stride; i += 16) put(rows[c] + i, _mm512_setzero_ps());
-    }
 }
 
 // --- 8 bits -------------------------------------------------------------------------------------------------
@@ -274,43 +249,8 @@ inline void step_of_row(int64_t length, Load load, float& step, float& inverse) 
     step_of(_mm512_reduce_max_epu32(largest), step, inverse);
 }
 
-// To the nearest code, ties to even.
-inline __m128i codes(__m512 value, __m512 inverse) {
-    return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(value, inverse)));
-}
-
-// Rows of round(W / step) with one step a row; zeros behind the end.
-template <int TYPE>
-void quantise(const Job& job, const Block& block, const float* inverse, int8_t* to, int64_t stride) {
-    const Job own = job;
-    for (int64_t r = 0; r < block.rows; ++r)
-        for (int64_t k = 0; k < stride; k += 16) {
-            const __mmask16 some = first_of(block.length - k);
-            const __m512 w = some ? stored<TYPE>(own, block.first + r, block.k + k, some) : _mm512_setzero_ps();
-            _mm_store_si128(reinterpret_cast<__m128i*>(to + r * stride + k), codes(w, _mm512_set1_ps(inverse[r])));
-        }
-}
-
-// Rows of m * z as 8-bit codes: exactly +-1, or normals in steps of LARGEST / 127; zeros behind the end.
-inline void directions(const Block& block, const Noise& noise, int law, const __mmask16* active, int8_t* to,
-                       int64_t stride) {
-    const int64_t words = up(block.length, 16) / 16;
-    const __m128i plus = _mm_set1_epi8(1), minus = _mm_set1_epi8(-1);
-    const __m512 inverse = _mm512_set1_ps(127.0f / LARGEST);
-    for (int64_t r = 0; r < block.rows; ++r) {
-        const Noise::Row z = noise.row(r);
-        for (int64_t k = 0; k < stride; k += 16) {
-            __mmask16 some = first_of(block.length - k);
-            if (some && active) some &= active[r * words + k / 16];
-            __m128i code = _mm_setzero_si128();
-            if (some && law == SIGN)
-                code = _mm_mask_blend_epi8(static_cast<__mmask16>(z.sign(k)), plus, minus);
-            else if (some)
-                code = codes(z.normal(k), inverse);
-            _mm_store_si128(reinterpret_cast<__m128i*>(to + r * stride + k), _mm_maskz_mov_epi8(some, code));
-        }
-    }
-}
+// To the nearest code, ties to even: 32 bits each.
+inline __m512i codes(__m512 value, __m512 inverse) { return _mm512_cvtps_epi32(_mm512_mul_ps(value, inverse)); }
 
 // --- x ------------------------------------------------------------------------------------------------------
 
@@ -340,52 +280,202 @@ __attribute__((always_inline)) inline void transpose(__m512* row) {
     for (int i = 0; i < 16; ++i) row[i] = t[i];
 }
 
-// 16 units of a row of x from entry `at` of it on, `left` entries before its end.
-template <int PER, int TYPE>
-inline __m512 units(const void* row, int64_t at, int64_t left, float inverse) {
-    if (PER == 1) return widen<TYPE>(row, at, first_of(left));
-    alignas(64) uint8_t bytes[64];
-    if (PER == 2) {
+// 16 units of bfloat16 pairs or of four 8-bit codes. part(i): 16 entries from 16 i on.
 #if defined(__AVX512BF16__)
-        const __m512bh both = _mm512_cvtne2ps_pbh(widen<TYPE>(row, at + 16, first_of(left - 16)),
-                                                  widen<TYPE>(row, at, first_of(left)));
-        std::memcpy(bytes, &both, sizeof both);
+template <class Part>
+inline __m512 pairs_of(Part part) {
+    const __m512 high = part(1);
+    const __m512bh both = _mm512_cvtne2ps_pbh(high, part(0));
+    __m512 words;
+    std::memcpy(&words, &both, sizeof words);
+    return words;
+}
 #endif
-    } else {
-        const __m512 by = _mm512_set1_ps(inverse);
-        for (int i = 0; i < 4; ++i)
-            _mm_store_si128(reinterpret_cast<__m128i*>(bytes + 16 * i),
-                            codes(widen<TYPE>(row, at + 16 * i, first_of(left - 16 * i)), by));
-    }
-    return _mm512_load_ps(reinterpret_cast<const float*>(bytes));
+
+template <class Part>
+inline __m512 fours_of(Part part) {
+    const __m512i low = _mm512_packs_epi32(part(0), part(1)), high = _mm512_packs_epi32(part(2), part(3));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high)));
 }
 
-// `count` <= 16 rows of x from row `first` as `depth` units each into one column of a panel that is 16 * vectors
-// wide; missing rows are zero. steps: 16 steps of their 8-bit codes.
+// Rows [first, last) of x in units of bfloat16 or codes, `stride` units a row, zeros behind the end. steps: of the codes.
 template <int PER, int TYPE>
-void pack(const Job& job, int64_t first, int64_t count, int64_t depth, float* to, int vectors, float* steps) {
+void convert(const Job& job, int64_t first, int64_t last, int64_t stride, float* to, float* steps) {
     const size_t size = TYPE == FLOAT32 ? 4 : 2;
-    const int64_t in = job.in;
-    const char* x = static_cast<const char*>(job.x) + size * static_cast<size_t>(first * in);
-    float inverse[16] = {};
-    for (int r = 0; r < 16; ++r) {
-        steps[r] = 0.0f;
-        if (PER == 4 && r < count) {
-            const char* row = x + size * static_cast<size_t>(r * in);
-            step_of_row(in, [&](int64_t k, __mmask16 some) { return widen<TYPE>(row, k, some); }, steps[r],
-                        inverse[r]);
+    for (int64_t r = first; r < last; ++r) {
+        const char* const x = static_cast<const char*>(job.x) + size * static_cast<size_t>(r * job.in);
+        const auto entries = [&](int64_t k) { return widen<TYPE>(x, k, first_of(job.in - k)); };
+        float inverse = 0.0f;
+        if (PER == 4)
+            step_of_row(job.in, [&](int64_t k, __mmask16 some) { return widen<TYPE>(x, k, some); }, steps[r], inverse);
+        const __m512 by = _mm512_set1_ps(inverse);
+        for (int64_t unit = 0; PER * unit < job.in; unit += 16) {
+            float* const at = to + r * stride + unit;
+#if defined(__AVX512BF16__)
+            if (PER == 2) _mm512_store_ps(at, pairs_of([&](int i) { return entries(2 * unit + 16 * i); }));
+#endif
+            if (PER == 4) _mm512_store_ps(at, fours_of([&](int i) { return codes(entries(4 * unit + 16 * i), by); }));
         }
     }
-    for (int64_t unit = 0; unit < depth; unit += 16) {
-        __m512 part[16];
-        for (int r = 0; r < 16; ++r)
-            part[r] = r < count ? units<PER, TYPE>(x + size * static_cast<size_t>(r * in), PER * unit,
-                                                   in - PER * unit, inverse[r])
-                                : _mm512_setzero_ps();
-        transpose(part);
-        for (int j = 0; j < 16 && unit + j < depth; ++j) _mm512_store_ps(to + (unit + j) * 16 * vectors, part[j]);
+}
+
+// --- W ------------------------------------------------------------------------------------------------------
+
+// A block of W, perturbed, lies in panels of at most 48 rows (tile registers: 32), and a panel by units of `in`: for
+// each 16 V numbers, V vectors of 16 rows; rows past the end are zeros. No panel of 16 next to one of 48: two of
+// 32 are faster.
+inline int width_of(int64_t left, bool tiles) {
+    if (tiles) return left >= 2 ? 2 : 1;
+    return left == 4 || left == 2 ? 2 : left >= 3 ? 3 : 1;
+}
+
+// of.row(r): what is known of row r of the block; of.at<WHOLE>(row, k): the unit of entries from k on and the 15
+// after it; without WHOLE they may reach past the end.
+template <int PER, class Of>
+void lay(const Block& block, bool tiles, float* to, const Of& of) {
+    const int64_t columns = up(block.rows, 16) / 16;
+    const int64_t depth = PER == 1 ? block.length : up(block.length, 16 * PER) / PER;
+    const int64_t whole = block.length / (16 * PER) * 16;
+    for (int64_t column = 0; column < columns;) {
+        const int vectors = width_of(columns - column, tiles);
+        for (int v = 0; v < vectors; ++v) {
+            float* const panel = to + 16 * (column * depth + v);
+            decltype(of.row(0)) row[16];
+            for (int64_t r = 0; r < 16; ++r) row[r] = of.row(std::min(block.rows - 1, 16 * (column + v) + r));
+            __m512 part[16];
+            for (int64_t unit = 0; unit < whole; unit += 16) {
+                for (int r = 0; r < 16; ++r) part[r] = of.template at<true>(row[r], PER * unit);
+                transpose(part);
+                for (int64_t j = 0; j < 16; ++j) _mm512_store_ps(panel + (unit + j) * vectors * 16, part[j]);
+            }
+            if (whole == depth) continue;
+            for (int r = 0; r < 16; ++r) part[r] = of.template at<false>(row[r], PER * whole);
+            transpose(part);
+            for (int64_t j = 0; j < depth - whole; ++j)
+                _mm512_store_ps(panel + (whole + j) * vectors * 16, part[j]);
+        }
+        column += vectors;
     }
 }
+
+enum Masked { ALL, BAND, CHOSEN };  // every entry takes part; those between the thresholds; those in `active`
+
+template <bool WHOLE>
+inline __mmask16 some_of(int64_t left) {
+    return WHOLE ? 0xFFFF : first_of(left);
+}
+
+// W + scale * m * z in a block, each operation rounded once to float32, in units of float32 or bfloat16 (subnormals
+// to zero, as the products treat them).
+template <int PER, int TYPE, int LAW, int MASKED>
+struct Moved {
+    const Job& job;
+    const Block& block;
+    const Noise& noise;
+    const __mmask16* active;
+    const __m512 plus, minus, low, high;
+
+    Moved(const Job& job, const Block& block, const Noise& noise, const __mmask16* active, float scale)
+        : job(job), block(block), noise(noise), active(active), plus(_mm512_set1_ps(scale)),
+          minus(_mm512_set1_ps(-scale)), low(_mm512_set1_ps(job.low)), high(_mm512_set1_ps(job.high)) {}
+
+    struct Row {
+        Stored<TYPE> stored;
+        Noise::Row z;
+        const __mmask16* active;
+    };
+
+    Row row(int64_t r) const {
+        return {Stored<TYPE>(job, block.first + r), LAW == PLAIN ? Noise::Row() : noise.row(r),
+                MASKED == CHOSEN ? active + r * (up(block.length, 16) / 16) : nullptr};
+    }
+
+    template <bool WHOLE>
+    __m512 part(const Row& row, int64_t k) const {
+        __mmask16 some = some_of<WHOLE>(block.length - k);
+        if (!WHOLE && !some) return _mm512_setzero_ps();
+        const __m512 w = row.stored.at(block.k + k, some);
+        if (LAW == PLAIN) return w;
+        if (MASKED == BAND) {
+            const __m512 size = _mm512_abs_ps(w);
+            some = _mm512_mask_cmp_ps_mask(some, size, low, _CMP_GE_OQ);
+            some = _mm512_mask_cmp_ps_mask(some, size, high, _CMP_LE_OQ);
+        }
+        if (MASKED == CHOSEN) some = row.active[k / 16];
+        if (LAW == NORMAL) return _mm512_mask_add_ps(w, some, w, _mm512_mul_ps(plus, row.z.normal(k)));
+        const __mmask16 negative = static_cast<__mmask16>(row.z.sign(k));
+        return _mm512_mask_add_ps(w, some, w, _mm512_mask_blend_ps(negative, plus, minus));
+    }
+
+    template <bool WHOLE>
+    __m512 at(const Row& row, int64_t k) const {
+#if defined(__AVX512BF16__)
+        if (PER == 2) return pairs_of([&](int i) { return part<WHOLE>(row, k + 16 * i); });
+#endif
+        return part<WHOLE>(row, k);
+    }
+};
+
+// round(W / step), one step a row.
+template <int TYPE>
+struct Rounded {
+    const Job& job;
+    const Block& block;
+    const float* inverse;
+
+    struct Row {
+        Stored<TYPE> stored;
+        float inverse;
+    };
+
+    Row row(int64_t r) const { return {Stored<TYPE>(job, block.first + r), inverse[r]}; }
+
+    template <bool WHOLE>
+    __m512 at(const Row& row, int64_t k) const {
+        const __m512 by = _mm512_set1_ps(row.inverse);
+        return fours_of([&](int i) {
+            const int64_t from = k + 16 * i;
+            return codes(row.stored.at(block.k + from, some_of<WHOLE>(block.length - from)), by);
+        });
+    }
+};
+
+// m * z in 8 bits: exactly +-1, or normals in steps of LARGEST / 127.
+template <int LAW>
+struct Direction {
+    const Block& block;
+    const Noise& noise;
+    const __mmask16* active;
+
+    struct Row {
+        Noise::Row z;
+        const __mmask16* active;
+    };
+
+    Row row(int64_t r) const {
+        return {noise.row(r), active ? active + r * (up(block.length, 16) / 16) : nullptr};
+    }
+
+    template <bool WHOLE>
+    __m512 at(const Row& row, int64_t k) const {
+        __mmask64 some = ~0ull;
+        if (!WHOLE) some = block.length - k >= 64 ? ~0ull : (1ull << (block.length - k)) - 1;
+        if (row.active) {
+            uint64_t chosen;
+            std::memcpy(&chosen, row.active + k / 16, sizeof chosen);  // past the row: not in `some`
+            some &= chosen;
+        }
+        __m512i code;
+        if (LAW == SIGN) {
+            code = _mm512_mask_blend_epi8(row.z.signs(k), _mm512_set1_epi8(1), _mm512_set1_epi8(-1));
+        } else {
+            const __m512 inverse = _mm512_set1_ps(127.0f / LARGEST);
+            code = _mm512_castps_si512(fours_of([&](int i) { return codes(row.z.normal(k + 16 * i), inverse); }));
+        }
+        return _mm512_castsi512_ps(_mm512_maskz_mov_epi8(some, code));
+    }
+};
 
 }  // namespace gemm
 }  // namespace edgesft
