@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgesft.core import catalog, gated
+from edgesft.core import catalog, lean
 from edgesft.core.batches import TOGETHER_TOKENS, ArrayBatch
 from edgesft.core.protocols import Mask, Objective, Region, Shift, Theta, Update
 from edgesft.core.region import Band
@@ -225,7 +225,7 @@ class Tuned:
                 self._others[name] = TunedLinear(name, linear, None, delta, {}, self.setting, kernel)
 
     def __enter__(self) -> "Tuned":
-        self._stack.enter_context(gated.in_place(self.model))
+        self._stack.enter_context(lean.in_place(self.model))
         for name, layer in (self.layers | self._others).items():
             _replace(self.model, name, layer)
             if self._offload is not None:

@@ -27,7 +27,7 @@ from edgesft.core.protocols import Law, Mask, Shift
 from edgesft.kernels.perturb import api, gemm
 
 SHAPES = ((576, 576), (1536, 576), (576, 1536))  # (out, in) of SmolLM2-135M
-ROWS = (32, 64, 128, 256, 512, 1024)
+ROWS = (32, 64, 128, 256, 512, 1024, 2048)
 CASES: tuple[tuple[str, str, Law], ...] = (  # stored and computed as; noise
     ("float32", "native", "rademacher"),
     ("float32", "native", "gaussian"),

@@ -6,8 +6,9 @@
 Time: all rows of the table in one process, one call of each a round, in an order that is shuffled anew every
 round, so that a noisy machine hurts all alike. One sample is the ratio of a row to two forward passes of the
 same round; medians are judged. The passes are read twice. "lean" are those that the step itself is made of,
-the loss where it is supervised only; they are cheaper, so they are the ones that the bars are held against.
-"plain" are those of the model's own class with the logits of all positions.
+the loss where it is supervised only; they are cheaper, so the bars are held against them. "plain" are those
+of the model's own class with the logits of all positions. Only the bar of the short two-sided step is
+held against these: a stacked pass saves reading the weights and the logits, but no multiplication.
 
 Memory: a process for each row. `rest` is its resident memory once every library is loaded and the same step
 has run on a model of next to nothing; then the real model is loaded and warmed up, the kernel's high-water
@@ -67,7 +68,7 @@ def beside(name: str) -> ModuleType:
 class Row:
     """What is measured. kind: `lean`, `ours`, or a function of published_mezo.
 
-    bar: of the time in two lean passes; None: reported only. calls: calls that make one sample.
+    bar: of the time in two passes, the kind `of`; None: reported only. calls: calls that make one sample.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Row:
     recipe: str = "sparse-mezo"
     sets: Mapping[str, Any] = field(default_factory=dict)  # over the recipe's table; `estimate` is merged
     bar: float | None = None
+    of: str = "lean"
     calls: int = 1
     few: bool = False
 
@@ -100,7 +102,7 @@ TIMED = (
     Row("two lean forwards, short", "lean", SHORT, calls=2),
     Row("two plain forwards, short", "forward", SHORT, calls=2),
     Row("sparse-mezo, one-sided passes, short", "ours", SHORT, sets=ONE_SIDED),
-    Row("sparse-mezo, two-sided, short", "ours", SHORT, sets=TWO_SIDED, bar=0.8),
+    Row("sparse-mezo, two-sided, short", "ours", SHORT, sets=TWO_SIDED, bar=0.8, of="plain"),
 )
 WEIGHED = (
     Row("a lean forward", "lean"),
@@ -232,7 +234,7 @@ def summary(
         ending = "" if row.shape == LONG else f", {row.shape}"
         lean, plain = (f"two {kind} forwards{ending}" for kind in ("lean", "plain"))
         mine = ratios(samples, row.name, lean)
-        ratio = statistics.median(mine)
+        ratio, to_plain = statistics.median(mine), statistics.median(ratios(samples, row.name, plain))
         lines.append(
             {
                 "row": row.name,
@@ -241,10 +243,11 @@ def summary(
                 "ratio": ratio,
                 "ratio_range": [min(mine), max(mine)],
                 "cpu_ratio": statistics.median(ratios(samples, row.name, lean, 1)),
-                "ratio_to_plain": statistics.median(ratios(samples, row.name, plain)),
+                "ratio_to_plain": to_plain,
                 "rounds": len(mine),
                 "bar": row.bar,
-                "met": None if row.bar is None else ratio <= row.bar,
+                "bar_of": row.of,
+                "met": None if row.bar is None else (ratio if row.of == "lean" else to_plain) <= row.bar,
             }
         )
     return lines
@@ -344,13 +347,14 @@ def measure_memory(threads: int) -> list[dict[str, Any]]:
 
 def table(result: Mapping[str, Any]) -> str:
     """Both tables as text."""
-    text = [f"{'step':<38}{'seconds':>9}{'ratio':>8}{'range':>15}{'cpu':>7}{'to plain':>10}{'bar':>7}"]
+    text = [f"{'step':<38}{'seconds':>9}{'ratio':>8}{'range':>15}{'cpu':>7}{'to plain':>10}   bar"]
     for line in result["time"]:
         low, high = line["ratio_range"]
         bar = "" if line["bar"] is None else f"{line['bar']:.2f}" + ("" if line["met"] else " !")
+        bar += " of plain" if bar and line["bar_of"] == "plain" else ""
         text.append(
             f"{line['row']:<38}{line['seconds']:>9.3f}{line['ratio']:>8.3f}{f'{low:.2f} .. {high:.2f}':>15}"
-            f"{line['cpu_ratio']:>7.2f}{line['ratio_to_plain']:>10.3f}{bar:>7}"
+            f"{line['cpu_ratio']:>7.2f}{line['ratio_to_plain']:>10.3f}   {bar}"
         )
     text.append(f"\n{'step':<38}{'MB net of rest':>15}{'weights MB':>12}{'ratio':>8}{'rest MB':>9}")
     for line in result["memory"]:
@@ -404,9 +408,10 @@ def result(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 @pytest.mark.parametrize("name", [row.name for row in TIMED if row.bar is not None])
 def test_time(result: dict[str, Any], name: str) -> None:
     line = next(line for line in result["time"] if line["row"] == name)
-    assert line["ratio"] <= line["bar"], (
-        f"{name}: {line['ratio']:.3f} of two forwards ({line['ratio_range'][0]:.3f} .. "
-        f"{line['ratio_range'][1]:.3f}; by processor time {line['cpu_ratio']:.3f}), bar {line['bar']}"
+    assert line["met"], (
+        f"{name}: {line['ratio']:.3f} of two lean forwards ({line['ratio_range'][0]:.3f} .. "
+        f"{line['ratio_range'][1]:.3f}; by processor time {line['cpu_ratio']:.3f}), "
+        f"{line['ratio_to_plain']:.3f} of two plain ones; the bar is {line['bar']} of {line['bar_of']} ones"
     )
 
 
