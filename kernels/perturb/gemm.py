@@ -2,9 +2,9 @@
 
 gemm.cpp makes noise and perturbed rows (or, of quantised weights, float rows) block by block inside the
 product, so W is read once for all groups and each noise is drawn once. Memory beside the arguments, kept for
-the next call: x once more in bfloat16 or int8, if that is not float32; 5 MiB a thread at most; and 128 bytes a
-thread and row of x (int8: 256) where rows of W are longer than 9,600 (int8: 19,200) and sums of bfloat16 have to
-wait.
+the next call: x once more in bfloat16 or int8, if that is not float32; 5 MiB a thread at most; and 128 bytes
+a thread and row of x (int8: 256) where rows of W are longer than 9,600 entries (int8: 19,200) and sums of
+bfloat16 have to wait.
 
 Perturbed weights have the bits of the strips elsewhere in this package; sums are in float32 (int8: exact in
 int32) but in another order than torch's, so results differ by a few units of float32 rounding.
@@ -82,9 +82,9 @@ def _wins(kind: int, plain: bool, ready: bool, shifts: tuple[Shift | None, ...],
     """Whether the shifts can be served, and whether it pays with `rows` rows a group.
 
     Measured against strips and torch's products (tests/bench/bench_perturbed_gemm.py): int8 and quantised
-    weights win at all sizes, float weights up to two thousand rows a group; beyond them strips cost little and
-    torch's products are as fast. A weight that is `ready`, that is stored in the type of the
-    product, and that nobody perturbs is torch's own case.
+    weights win at all sizes, float weights up to two thousand rows a group; beyond them strips cost little
+    and torch's products are as fast. A weight that is `ready`, that is stored in the type of the product, and
+    that nobody perturbs is torch's own case.
     """
     if not all(s is None or s.law in _LAWS for s in shifts):
         return False
