@@ -82,11 +82,11 @@ def facts(record: Mapping[str, Any], indent: int = 0) -> None:
 class Bar:
     """A progress bar on a terminal, a line every 10 % elsewhere; `advance` may carry a note: a loss, say."""
 
-    def __init__(self, title: str, total: int, done: int) -> None:
-        self._title, self._total, self._done = title, max(total, 1), done
+    def __init__(self, title: str, total: int, done: int, shown: bool) -> None:
+        self._title, self._total, self._done, self._shown = title, max(total, 1), done, shown
         self._spoken = done * 10 // self._total
         self._progress: Progress | None = None
-        if _err.is_terminal:
+        if shown and _err.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -103,15 +103,18 @@ class Bar:
         self._done += count
         if self._progress is not None:
             self._progress.update(self._task, advance=count, note=note)
-        elif self._done * 10 // self._total > self._spoken:
+        elif self._shown and self._done * 10 // self._total > self._spoken:
             self._spoken = self._done * 10 // self._total
             say(f"{self._title}: {self._done}/{self._total} {note}".rstrip())
 
 
 @contextmanager
-def progress(title: str, total: int, done: int = 0) -> Iterator[Bar]:
-    """A progress bar with rate and ETA around a loop of `total` items of which `done` are done."""
-    bar = Bar(title, total, done)
+def progress(title: str, total: int, done: int = 0, *, shown: bool = True) -> Iterator[Bar]:
+    """A progress bar with rate and ETA around a loop of `total` items of which `done` are done.
+
+    One that is not `shown` is silent: of several ranks the first speaks.
+    """
+    bar = Bar(title, total, done, shown)
     if bar._progress is not None:
         with bar._progress:
             yield bar

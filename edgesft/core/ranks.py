@@ -10,6 +10,7 @@ Importing this module imports no torch; one process alone never imports `torch.d
 """
 
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -98,6 +99,7 @@ class Ranks:
                 self.barrier()  # who leaves first must not break the last exchange of another
         with suppress(RuntimeError, ValueError, AssertionError):  # the first error is the one to be shown
             dist.destroy_process_group()
+        gc.collect()  # a sharded model in a cycle keeps threads of the group, which abort a process that ends
 
     # ------------------------------------------------------------ rows
 

@@ -36,6 +36,7 @@ _SEED, _TENSOR = (1 << 64) - 1, (1 << 32) - 1
 _JOB = struct.Struct("@5P5qQIiiiffi")
 _GROUP = struct.Struct("@Qfi")
 _MANY = 2048  # rows a group
+_MANY_READY = 512  # where torch's own bf16 product takes the weight as it is
 
 
 def kinds() -> int:
@@ -82,14 +83,16 @@ def _wins(kind: int, plain: bool, ready: bool, shifts: tuple[Shift | None, ...],
     """Whether the shifts can be served, and whether it pays with `rows` rows a group.
 
     Measured against strips and torch's products (tests/bench/bench_perturbed_gemm.py): int8 and quantised
-    weights win at all sizes, float weights up to two thousand rows a group; beyond them strips cost little
-    and torch's products are as fast. A weight that is `ready`, that is stored in the type of the product, and
-    that nobody perturbs is torch's own case.
+    weights win at all sizes, float weights up to two thousand rows a group, bf16 products of bf16 weights
+    below five hundred; beyond them strips cost little and torch's products are as fast. A weight that is
+    `ready`, that is stored in the type of the product, and that nobody perturbs is torch's own case.
     """
     if not all(s is None or s.law in _LAWS for s in shifts):
         return False
     if kind == BYTE:
         return True
+    if kind == HALF and ready and rows >= _MANY_READY:
+        return False
     return not (ready and not any(shifts)) and (not plain or rows <= _MANY)
 
 

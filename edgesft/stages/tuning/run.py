@@ -107,6 +107,11 @@ class Run:
         if self.journal is not None:
             self.journal.append(record, sync=sync)
 
+    @property
+    def _speaks(self) -> bool:
+        """Whether this process tells the user: alone, or the first of the ranks."""
+        return self.ranks is None or self.ranks.rank == 0
+
     # ------------------------------------------------------------ the loop
 
     def train(self) -> dict[str, Any]:
@@ -115,7 +120,7 @@ class Run:
             done = self._resume()
             if stage.lr == "auto" and self.found is None:
                 self._find_lr()
-            with console.progress("tune", stage.steps, done) as bar:
+            with console.progress("tune", stage.steps, done, shown=self._speaks) as bar:
                 for step in range(done, stage.steps):
                     self._evaluate(step)
                     if guard.exhausted(self.evals, stage.patience):
@@ -179,7 +184,7 @@ class Run:
         from edgesft.stages.tuning import lr_search
 
         stage = self.stage
-        with console.progress("find a learning rate", lr_search.DIRECTIONS) as bar:
+        with console.progress("find a learning rate", lr_search.DIRECTIONS, shown=self._speaks) as bar:
             trials = lr_search.search(
                 lambda k: (self._loss(2 * k)[0], self._loss(2 * k + 1)[0]),
                 lambda loss, seed: stage.estimate.gradient(loss, {}, seed).shifts,  # type: ignore[attr-defined]

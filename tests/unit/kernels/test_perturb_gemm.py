@@ -289,7 +289,15 @@ def test_when_it_is_used():
     assert not fits(x, weight, (Shift(1, 0.1, "low-rank", 2),))
     assert not fits(x[:0], weight)
     assert not fits(torch.zeros(2 * gemm._MANY + 2, 64), weight)
+    assert fits(torch.zeros(2 * gemm._MANY_READY, 64), weight)
     assert not fits(x.to("meta"), weight.to("meta"))
+
+
+@needs_half
+def test_long_batches_go_to_torchs_own_bf16_product():
+    weight = torch.zeros(32, 64, dtype=torch.bfloat16)
+    assert fits(torch.zeros(2 * gemm._MANY_READY - 2, 64, dtype=torch.bfloat16), weight)
+    assert not fits(torch.zeros(2 * gemm._MANY_READY, 64, dtype=torch.bfloat16), weight)
 
 
 @needs_float
