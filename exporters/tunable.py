@@ -13,9 +13,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from edgesft.core import catalog, scoring
+from edgesft.core import catalog
 from edgesft.core.artifact import Artifact
-from edgesft.core.batches import TOGETHER_TOKENS, ArrayBatch
+from edgesft.core.data import scoring
+from edgesft.core.data.batches import TOGETHER_TOKENS, ArrayBatch
 from edgesft.core.errors import UsageError
 from edgesft.core.protocols import Mask, Shift, Update
 from edgesft.exporters import mapped, replace

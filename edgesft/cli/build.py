@@ -105,7 +105,8 @@ def merge(
 
     Example: edgesft merge demo:smollm2-135m out/delta -o out/merged
     """
-    from edgesft.core import delta_file, models
+    from edgesft.core import models
+    from edgesft.core.tuning import delta_file
     from edgesft.stages.merge import Merge
 
     if in_place == (out is not None):

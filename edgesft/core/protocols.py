@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Generator, Tensor, nn
 
-    from edgesft.core.batches import ArrayBatch, Batch
+    from edgesft.core.data.batches import ArrayBatch, Batch
 
     FloatArray: TypeAlias = npt.NDArray[np.float32]
     IntArray: TypeAlias = npt.NDArray[np.int64]

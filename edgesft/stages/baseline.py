@@ -328,7 +328,7 @@ def _difference(now: Mapping[str, Any], there: Mapping[str, Any]) -> str | None:
 
 def _row(metric: str, base: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """One line of the comparison. verdict: `higher`, `lower`, `same`, `not shown`, `no bound`."""
-    from edgesft.core import trend
+    from edgesft.core.statistics import trend
 
     ratio, low, high = now["value"] / base["value"], None, None
     if base.get("exact") and now.get("exact"):
@@ -355,7 +355,7 @@ def _row(metric: str, base: Mapping[str, Any], now: Mapping[str, Any]) -> dict[s
 
 
 def _trend(name: str, series: list[Entry], metric: str | None) -> dict[str, Any]:
-    from edgesft.core import trend
+    from edgesft.core.statistics import trend
 
     whole = [e for e in series if e.broken is None]
     last: Mapping[str, Any] = whole[-1].content if whole else {"primary": "tpot", "metrics": {}}

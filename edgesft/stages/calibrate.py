@@ -249,7 +249,8 @@ class _Session:
     def _record(self) -> dict[str, Any]:
         import numpy as np
 
-        from edgesft.core import relabel, sequential, statistics
+        from edgesft.core import statistics
+        from edgesft.core.statistics import relabel, sequential
 
         options, counted = self.options, self.counted
         values = {

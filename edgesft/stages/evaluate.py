@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from edgesft.core.batches import ArrayBatch
     from edgesft.core.data import Dataset
+    from edgesft.core.data.batches import ArrayBatch
     from edgesft.core.protocols import Runnable
 
     Array: TypeAlias = npt.NDArray[np.float64]
@@ -100,7 +100,7 @@ def open_runnable(found: Artifact, threads: int = 0) -> "Runnable":
     if found.kind == "onnx":
         runnable: Runnable = catalog.runtime("exporters.runtime").load(found.path, threads=threads)
         return runnable
-    from edgesft.core.torch_runtime import TorchRunnable
+    from edgesft.core.tuning.torch_runtime import TorchRunnable
 
     return TorchRunnable(found.path, threads)
 

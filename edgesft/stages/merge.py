@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgesft.core.console import Bar
-    from edgesft.core.delta_file import Delta, TrajectoryDelta
+    from edgesft.core.tuning.delta_file import Delta, TrajectoryDelta
     from edgesft.core.weights import Weights
 
 
@@ -57,7 +57,8 @@ class Merge:
         return found
 
     def run(self, inputs: Mapping[str, Artifact], work: Workdir) -> dict[str, Any]:
-        from edgesft.core import console, delta_file, models
+        from edgesft.core import console, models
+        from edgesft.core.tuning import delta_file
 
         model = inputs["model"]
         weights = models.tensors(model.path)
@@ -83,7 +84,7 @@ class Merge:
 
     def _check_step(self, deltas: Sequence[Artifact]) -> None:
         """Raise UsageError for a step without a trajectory, or one that a trajectory lacks."""
-        from edgesft.core import trajectory
+        from edgesft.core.tuning import trajectory
 
         if self.step == "last":
             return
@@ -98,7 +99,7 @@ class _Merged(Mapping[str, "Tensor"]):
     """The changed weights by their names in the model's files, each made when it is asked for."""
 
     def __init__(self, weights: "Weights", deltas: "Sequence[Delta]", *, keeps_dtype: bool) -> None:
-        from edgesft.core import delta_file
+        from edgesft.core.tuning import delta_file
 
         self._weights, self._keeps_dtype = weights, keeps_dtype
         self.changed: dict[str, list[tuple[Delta, str]]] = {}
@@ -143,7 +144,7 @@ class _Merged(Mapping[str, "Tensor"]):
 def _exported(delta: Artifact, model: Artifact) -> bool:
     """Whether the delta is a trajectory that was made on an export of this model. Each weight is checked
     when it is replayed."""
-    from edgesft.core import trajectory
+    from edgesft.core.tuning import trajectory
 
     if not (delta.path / trajectory.FILE).is_file():
         return False

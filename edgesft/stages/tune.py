@@ -20,9 +20,9 @@ from edgesft.stages.tuning.trainee import Beside, InPlace, Trainee
 
 if TYPE_CHECKING:
     from edgesft.core.data import Dataset
-    from edgesft.core.offload import Offload
-    from edgesft.core.ranks import Ranks
-    from edgesft.core.tuned import Tuned
+    from edgesft.core.tuning.offload import Offload
+    from edgesft.core.tuning.ranks import Ranks
+    from edgesft.core.tuning.tuned import Tuned
 
 AXES = ("select", "delta", "estimate", "objective")
 DEFAULTS = {"select": "everything", "delta": "sparse", "estimate": "backprop", "objective": "task"}
@@ -180,7 +180,7 @@ class Tune:
         total = self._parameters(loaded)
         with self._tuned(loaded, model, offload) as tuned:
             if rank is not None and not tuned.in_place:
-                from edgesft.core import sharding
+                from edgesft.core.tuning import sharding
 
                 sharding.prepare(loaded, rank)
             trainee: Trainee
@@ -218,7 +218,7 @@ class Tune:
                 "`--offload` is for weights in place by forward passes, in fp32 or bf16",
                 "leave it out, or tune with `--zo --base fp32`",
             )
-        from edgesft.core import offload
+        from edgesft.core.tuning import offload
 
         folder = Path(self.offload)
         if ranks is not None:
@@ -248,7 +248,7 @@ class Tune:
         offload: "Offload | None" = None,
     ) -> "Tuned":
         from edgesft.core import memory, models
-        from edgesft.core.tuned import Tuned, floats
+        from edgesft.core.tuning.tuned import Tuned, floats
 
         layers: Mapping[str, Any] = self._layers(model)
         names = {name for name, _ in models.blocks(model)[-self.last_layers :]} if self.last_layers else None
@@ -297,7 +297,7 @@ class Tune:
 
     def _base_of(self, source: Artifact) -> Any:  # noqa: ANN401 - layer -> Tensor or Quantized
         """Gives the pretrained weight of a layer as the run holds it."""
-        from edgesft.core import delta_file
+        from edgesft.core.tuning import delta_file
 
         base = delta_file.base_of(source.path)
         if self.base not in BITS:
@@ -306,14 +306,14 @@ class Tune:
 
         return lambda layer: quantized.quantize(base(layer), BITS[self.base], self.group)
 
-    def _prefix(self, model: Any) -> Any:  # noqa: ANN401 - nn.Module -> core.prefix.Prefix
+    def _prefix(self, model: Any) -> Any:  # noqa: ANN401 - nn.Module -> core.tuning.prefix.Prefix
         from edgesft.core import models
 
         depth = len(models.blocks(model))
         if not self.last_layers or not self.cache_mb or self.last_layers >= depth or not self.in_place:
             return None
         from edgesft.core import console
-        from edgesft.core.prefix import Prefix
+        from edgesft.core.tuning.prefix import Prefix
 
         reason = Prefix.applies(model, depth - self.last_layers)
         if reason is not None:

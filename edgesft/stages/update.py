@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from edgesft.core import artifact, catalog, console
-from edgesft.core.trajectory import FILE, Chosen, load
+from edgesft.core.tuning.trajectory import FILE, Chosen, load
 
 
 def update(exported: str, delta: Path, step: Chosen = "last") -> dict[str, Any]:
@@ -15,7 +15,7 @@ def update(exported: str, delta: Path, step: Chosen = "last") -> dict[str, Any]:
     Raises ArtifactError (files missing, altered, of another kind or base), UsageError (no such step).
     """
     from edgesft.core.errors import ArtifactError
-    from edgesft.core.replay import Replay
+    from edgesft.core.tuning.replay import Replay
 
     artifact.read(Path(exported), "onnx")
     source = artifact.read(delta, "delta")

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from edgesft.core.catalog import runtime
-from edgesft.core.codes import quantize
 from edgesft.core.protocols import Law, Mask, Shift
+from edgesft.core.quantized.codes import quantize
 from edgesft.kernels.perturb import api, gemm
 
 SHAPES = ((576, 576), (1536, 576), (576, 1536))  # (out, in) of SmolLM2-135M

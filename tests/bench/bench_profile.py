@@ -27,7 +27,7 @@ import numpy as np
 
 from edgesft.core import artifact
 from edgesft.core.catalog import runtime
-from edgesft.core.sequential import hodges_lehmann, hodges_lehmann_interval
+from edgesft.core.statistics.sequential import hodges_lehmann, hodges_lehmann_interval
 
 PLAIN = """
 import json, sys, time

@@ -21,13 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from edgesft.core import delta_file, models, trajectory
+from edgesft.core import models
 from edgesft.core.catalog import runtime
 from edgesft.core.protocols import Law, Mask, Shift
-from edgesft.core.replay import Replay
-from edgesft.core.scalar_optim import Measured
-from edgesft.core.schedule import derive
-from edgesft.core.trajectory import Settings, Trajectory
+from edgesft.core.tuning import delta_file, trajectory
+from edgesft.core.tuning.replay import Replay
+from edgesft.core.tuning.scalar_optim import Measured
+from edgesft.core.tuning.schedule import derive
+from edgesft.core.tuning.trajectory import Settings, Trajectory
 
 LAWS: tuple[Law, ...] = ("rademacher", "gaussian")
 SEED = 1

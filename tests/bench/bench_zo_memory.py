@@ -36,7 +36,7 @@ def batch_of(vocabulary, rows, length, kind):
     """Random tokens, none padded; kind "labels": a choice of two words; "lm": every position supervised."""
     import torch
 
-    from edgesft.core.batches import Batch
+    from edgesft.core.data.batches import Batch
 
     ids = torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
     if kind == "labels":
@@ -73,7 +73,7 @@ def steps(stage, tuned, batch, count):
     import torch
 
     from edgesft.core.protocols import Update
-    from edgesft.core.schedule import derive
+    from edgesft.core.tuning.schedule import derive
 
     with tuned, torch.no_grad():
         loss = tuned.loss(stage.objective, batch)

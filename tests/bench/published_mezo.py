@@ -5,8 +5,8 @@ form that was published: the stored weights are moved by +eps, -2 eps, +eps and 
 four times from torch's global generator, and the logits of all positions exist. `adamw` and `lora`: what
 back-propagation costs, full and with adapters and checkpointed activations.
 
-Each takes a Hugging Face causal model in float32 and a `core.batches.Batch`, may change the model for good,
-and gives a callable that does one step and returns its loss.
+Each takes a Hugging Face causal model in float32 and a `core.data.batches.Batch`, may change the model for
+good, and gives a callable that does one step and returns its loss.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from edgesft.core.batches import Batch
+from edgesft.core.data.batches import Batch
 
 Step = Callable[[], float]
 

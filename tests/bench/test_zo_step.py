@@ -128,8 +128,8 @@ def build(row: Row, source: Any, batch: Any) -> tuple[Step, Any]:
 def _ours(row: Row, source: Any, batch: Any) -> tuple[Step, Any]:
     """A step as the loop of `tune` takes it, less the journal; `lean`: the loss at the stored weights."""
     from edgesft.core import recipe
-    from edgesft.core.scalar_optim import SCALAR, Measured
-    from edgesft.core.schedule import derive
+    from edgesft.core.tuning.scalar_optim import SCALAR, Measured
+    from edgesft.core.tuning.schedule import derive
     from edgesft.stages.tune import Tune
 
     table = recipe.load(row.recipe).table("tune")
@@ -169,7 +169,7 @@ def full_batch(windows: Any, choices: Any, gold: Any) -> Any:
     """
     import numpy as np
 
-    from edgesft.core.batches import ArrayBatch
+    from edgesft.core.data.batches import ArrayBatch
 
     ids = np.array(windows, dtype=np.int64)
     rows, length = ids.shape

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from edgesft.core import catalog
-from edgesft.core.batches import Batch
+from edgesft.core.data.batches import Batch
 
 torch.set_num_threads(1)
 NAMES = [n for n in catalog.names("objective") if not catalog.load("objective", n).needs]

@@ -16,10 +16,10 @@ from typing import ClassVar
 
 from torch import Generator, Tensor
 
-from edgesft.core.codes import Quantized
 from edgesft.core.errors import UsageError
 from edgesft.core.method import Method, method
 from edgesft.core.protocols import Region, Theta
+from edgesft.core.quantized.codes import Quantized
 
 
 @method

@@ -19,10 +19,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from edgesft.core.directions import Directions
 from edgesft.core.method import Method, method
 from edgesft.core.protocols import Loss, Shift, Theta
-from edgesft.core.schedule import derive
+from edgesft.core.tuning.directions import Directions
+from edgesft.core.tuning.schedule import derive
 
 TOGETHER = 4  # directions in one pass where the loss prefers it: activations of five batches at most
 

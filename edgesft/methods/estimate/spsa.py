@@ -21,10 +21,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from edgesft.core.directions import Directions
 from edgesft.core.method import Method, method
 from edgesft.core.protocols import Law, Loss, Shift, Theta
-from edgesft.core.schedule import derive
+from edgesft.core.tuning.directions import Directions
+from edgesft.core.tuning.schedule import derive
 
 
 @method

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgesft.core import models
-from edgesft.core.batches import Batch
+from edgesft.core.data.batches import Batch
 from edgesft.core.errors import UsageError
 from edgesft.core.method import Method, method
 

@@ -15,7 +15,7 @@ from typing import Any
 from edgesft.core import artifact, catalog, console
 from edgesft.core.artifact import Artifact
 from edgesft.core.errors import ArtifactError, DeviceError
-from edgesft.core.sequential import LOOKS
+from edgesft.core.statistics.sequential import LOOKS
 from edgesft.stages.gating.panel import Series
 from edgesft.stages.gating.verdict import read_pairs
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgesft.core import sequential
-from edgesft.core.sequential import CONTINUE, FAIL, INCONCLUSIVE, PASS, Look, Rule
+from edgesft.core.statistics import sequential
+from edgesft.core.statistics.sequential import CONTINUE, FAIL, INCONCLUSIVE, PASS, Look, Rule
 from edgesft.stages.gating import budget as budgeting
 from edgesft.stages.gating.budget import Budget
 

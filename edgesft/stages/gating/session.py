@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from edgesft.core import artifact, catalog, console, sequential
+from edgesft.core import artifact, catalog, console
 from edgesft.core.artifact import Artifact, Workdir
 from edgesft.core.errors import DeviceError
+from edgesft.core.statistics import sequential
 from edgesft.stages import profile
 from edgesft.stages.gating import arming
 from edgesft.stages.gating import budget as budgeting

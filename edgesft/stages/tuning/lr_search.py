@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from edgesft.core.protocols import Loss, Shift
-from edgesft.core.schedule import derive
+from edgesft.core.tuning.schedule import derive
 
 DIRECTIONS = 12
 GRID = tuple(10 ** (-7 + k / 2) for k in range(9))  # 1e-7 .. 1e-3

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Protocol
 from edgesft.core.method import Method
 
 if TYPE_CHECKING:
-    from edgesft.core.schedule import Schedule
+    from edgesft.core.tuning.schedule import Schedule
 
 
 class Plan(Protocol):

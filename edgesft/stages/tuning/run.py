@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from edgesft.core import console
 from edgesft.core.artifact import Workdir
-from edgesft.core.batches import TOGETHER_TOKENS
+from edgesft.core.data.batches import TOGETHER_TOKENS
 from edgesft.core.errors import Interrupted, UsageError
 from edgesft.stages.tuning import guard
 from edgesft.stages.tuning.shared import StepLoss
 
 if TYPE_CHECKING:
-    from edgesft.core.batches import ArrayBatch
     from edgesft.core.data import Dataset
-    from edgesft.core.ranks import Ranks
+    from edgesft.core.data.batches import ArrayBatch
+    from edgesft.core.tuning.ranks import Ranks
     from edgesft.stages.tuning.plan import Plan
     from edgesft.stages.tuning.trainee import Trainee
 
@@ -44,7 +44,7 @@ class Run:
     def __init__(
         self,
         stage: "Plan",
-        tuned: Any,  # noqa: ANN401 - core.tuned.Tuned, or another Tunable
+        tuned: Any,  # noqa: ANN401 - core.tuning.tuned.Tuned, or another Tunable
         trainee: "Trainee",
         dataset: "Dataset",
         work: Workdir | None,
@@ -142,8 +142,8 @@ class Run:
 
     def _step(self, step: int) -> float:
         """One step: estimate, record, update. The record is on the disk before theta changes."""
-        from edgesft.core.directions import Directions
-        from edgesft.core.schedule import derive, rate
+        from edgesft.core.tuning.directions import Directions
+        from edgesft.core.tuning.schedule import derive, rate
 
         stage, began = self.stage, time.perf_counter()
         lr = rate(step, stage.steps, self.lr, stage.schedule, stage.warmup)
@@ -207,7 +207,7 @@ class Run:
         estimate: Any = self.stage.estimate
         if self._scalars or self.ranks is None or self.ranks.world == 1:
             return estimate.gradient(loss, self.trainee.params, seed)
-        from edgesft.core import sharding
+        from edgesft.core.tuning import sharding
 
         own = None if loss.empty else estimate.gradient(loss, self.trainee.params, seed)
         return sharding.joined(own, self.trainee.params, self.ranks, share)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgesft.core import stage as stages
 from edgesft.core.artifact import Artifact, Workdir, digest_json
-from edgesft.core.ranks import Ranks, join
+from edgesft.core.tuning.ranks import Ranks, join
 
 if TYPE_CHECKING:
     from edgesft.stages.tune import Tune

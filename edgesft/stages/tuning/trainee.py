@@ -16,8 +16,8 @@ from edgesft.core.protocols import Shift
 
 if TYPE_CHECKING:
     from edgesft.core.protocols import Tunable
-    from edgesft.core.ranks import Ranks
-    from edgesft.core.tuned import Tuned
+    from edgesft.core.tuning.ranks import Ranks
+    from edgesft.core.tuning.tuned import Tuned
     from edgesft.stages.tuning.plan import Plan
 
 
@@ -60,7 +60,7 @@ class InPlace:
         self._reset()
 
     def _reset(self) -> None:
-        from edgesft.core.scalar_optim import SCALAR
+        from edgesft.core.tuning.scalar_optim import SCALAR
 
         self._optimizer = SCALAR[self._stage.optimizer](self._stage.weight_decay, self._rounding)
 
@@ -85,7 +85,7 @@ class InPlace:
         record["active"] = self._tunable.descend(self._update(record))
 
     def _update(self, record: Mapping[str, Any]) -> Any:  # noqa: ANN401 - an Update
-        from edgesft.core.scalar_optim import Measured
+        from edgesft.core.tuning.scalar_optim import Measured
 
         return self._optimizer.update(Measured(record["step"], record["lr"], shifts_of(record)))
 
@@ -118,8 +118,8 @@ class InPlace:
     def save(
         self, folder: Path, steps: Mapping[int, Mapping[str, Any]], kept: Sequence[int], ended: int, best: int
     ) -> None:
-        from edgesft.core.scalar_optim import Measured
-        from edgesft.core.trajectory import Settings, Trajectory
+        from edgesft.core.tuning.scalar_optim import Measured
+        from edgesft.core.tuning.trajectory import Settings, Trajectory
 
         settings = Settings(
             seed=self._stage.seed,
@@ -180,7 +180,7 @@ class Beside:
 
     def digest(self) -> str:
         """Of theta as it is."""
-        from edgesft.core.tuned import digest
+        from edgesft.core.tuning.tuned import digest
 
         return hashlib.sha256(b"".join(digest(p) for p in self._tuned.theta.values())).hexdigest()
 
@@ -188,7 +188,7 @@ class Beside:
         """theta after `step` steps, in a folder that counts once its one file is whole."""
         if self._work is None:
             return
-        from edgesft.core import delta_file
+        from edgesft.core.tuning import delta_file
         from edgesft.core.weights import Planned, dtype_name, write_file
 
         folder = self._work.checkpoint / f"snapshot-{step}"
@@ -203,7 +203,7 @@ class Beside:
 
     def _snapshots(self) -> list[tuple[int, Path]]:
         """(step, folder) of the whole ones, oldest first."""
-        from edgesft.core.delta_file import FILE
+        from edgesft.core.tuning.delta_file import FILE
 
         if self._work is None:
             return []
@@ -212,8 +212,8 @@ class Beside:
 
     def resume(self, steps: Mapping[int, Mapping[str, Any]], kept: Sequence[int]) -> int:
         """The last snapshot; from there zeroth-order steps are replayed, others are taken again."""
-        from edgesft.core import delta_file
-        from edgesft.core.directions import Directions
+        from edgesft.core.tuning import delta_file
+        from edgesft.core.tuning.directions import Directions
 
         done, data = 0, b""
         if snapshots := self._snapshots():
@@ -249,7 +249,7 @@ class Beside:
     def save(
         self, folder: Path, steps: Mapping[int, Mapping[str, Any]], kept: Sequence[int], ended: int, best: int
     ) -> None:
-        from edgesft.core import delta_file
+        from edgesft.core.tuning import delta_file
 
         table = catalog.describe("delta", self._stage.delta)
         delta_file.save(folder, self._tuned, table, delta_file.base_of(self._model.path))

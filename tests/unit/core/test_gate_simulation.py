@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from scipy import signal, stats
 
-from edgesft.core import sequential as s
 from edgesft.core import statistics
+from edgesft.core.statistics import sequential as s
 
 STEPS, PROCESSES, TRIALS, CHUNK = 64, 96, 2000, 250
 LN5 = math.log(1.05)

@@ -3,10 +3,10 @@ import itertools
 import pytest
 import torch
 
-from edgesft.core.directions import Directions
 from edgesft.core.optim import Adam, Sgd
 from edgesft.core.protocols import Shift
-from edgesft.core.schedule import derive, rate
+from edgesft.core.tuning.directions import Directions
+from edgesft.core.tuning.schedule import derive, rate
 from edgesft.methods.estimate.backprop import Exact
 
 torch.set_num_threads(1)

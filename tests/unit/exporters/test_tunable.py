@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from edgesft.core import artifact, catalog
 from edgesft.core.artifact import Request, create
-from edgesft.core.batches import ArrayBatch
+from edgesft.core.data.batches import ArrayBatch
 from edgesft.core.errors import ArtifactError, DeviceError, UsageError
 from edgesft.core.protocols import Mask, Shift, Update
-from edgesft.core.torch_runtime import TorchRunnable
+from edgesft.core.tuning.torch_runtime import TorchRunnable
 from edgesft.exporters import replace
 from edgesft.exporters.dialects.graph import Precision
 from edgesft.exporters.onnx import export
@@ -284,7 +284,7 @@ STEPS = """
 import sys
 from pathlib import Path
 import numpy as np
-from edgesft.core.batches import ArrayBatch
+from edgesft.core.data.batches import ArrayBatch
 from edgesft.core.protocols import Shift, Update
 from edgesft.exporters.tunable import OnnxTunable
 class Task: pass

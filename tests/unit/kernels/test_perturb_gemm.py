@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from edgesft.core.codes import quantize
 from edgesft.core.protocols import Mask, Shift
+from edgesft.core.quantized.codes import quantize
 from edgesft.kernels import dispatch
 from edgesft.kernels.perturb import api, gemm, reference
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from edgesft.core.codes import quantize
 from edgesft.core.protocols import Mask, Shift
+from edgesft.core.quantized.codes import quantize
 from edgesft.kernels import dispatch, perturb
 from edgesft.kernels.perturb import api
 

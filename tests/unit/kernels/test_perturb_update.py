@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from edgesft.core.codes import quantize
 from edgesft.core.protocols import Mask, Shift, Update
+from edgesft.core.quantized.codes import quantize
 from edgesft.kernels import dispatch, perturb
 from edgesft.kernels.perturb import cpu, host, reference
 

@@ -176,7 +176,7 @@ def test_a_wider_margin_arms_where_it_was_said_to(machine, inputs):
 
 
 def test_waiting_leaves_processor_time_and_that_is_said(machine, inputs, tmp_path, monkeypatch):
-    from edgesft.core import relabel
+    from edgesft.core.statistics import relabel
 
     machine.wall = 2.0
     # Two clocks keep the promise where one of them does; without them processor time is what is left.

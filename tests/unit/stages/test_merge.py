@@ -5,9 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from edgesft.core import artifact, data, delta_file, models, trajectory
+from edgesft.core import artifact, data, models
 from edgesft.core.errors import ArtifactError, UsageError
 from edgesft.core.stage import execute
+from edgesft.core.tuning import delta_file, trajectory
 from edgesft.stages.merge import Merge
 from edgesft.stages.tune import Tune
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgesft.core import artifact, catalog, data, delta_file, models, recipe
+from edgesft.core import artifact, catalog, data, models, recipe
 from edgesft.core.errors import ArtifactError, Interrupted, UsageError
 from edgesft.core.journal import Journal
 from edgesft.core.stage import execute
+from edgesft.core.tuning import delta_file
 from edgesft.stages.tune import Tune
 
 torch.set_num_threads(1)
@@ -184,7 +185,7 @@ def test_a_killed_run_goes_on_bit_for_bit(name, at, inputs, whole, tmp_path, mon
 
 
 def test_steps_in_place_are_replayed_not_taken_again(inputs, tmp_path, monkeypatch):
-    from edgesft.core.tuned import Tuned
+    from edgesft.core.tuning.tuned import Tuned
 
     with killed_at(monkeypatch, 18):  # 3 evaluations and 7 steps of 2 records
         execute(stage_of(), inputs, tmp_path / "d")

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from edgesft.core import catalog
-from edgesft.core.codes import quantize
 from edgesft.core.errors import UsageError
 from edgesft.core.protocols import Mask, Shift
+from edgesft.core.quantized.codes import quantize
 from edgesft.core.region import Whole
 from edgesft.kernels import perturb
 from edgesft.methods.delta.quantized_update import QuantizedUpdate

@@ -2,10 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from edgesft.core import catalog, delta_file
+from edgesft.core import catalog
 from edgesft.core.errors import ArtifactError
 from edgesft.core.region import Band, Whole, below
-from edgesft.core.tuned import Tuned
+from edgesft.core.tuning import delta_file
+from edgesft.core.tuning.tuned import Tuned
 from edgesft.kernels import perturb
 from edgesft.methods.delta.scales import Scales
 from edgesft.methods.estimate.spsa import Spsa

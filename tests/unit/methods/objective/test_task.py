@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from edgesft.core.batches import Batch
+from edgesft.core.data.batches import Batch
 from edgesft.core.errors import UsageError
 from edgesft.methods.objective import task
 from edgesft.methods.objective.task import Task

@@ -8,7 +8,7 @@ from edgesft.core.errors import UsageError
 from edgesft.core.protocols import Shift, Update
 from edgesft.core.region import Whole
 from edgesft.core.signals import Statistics
-from edgesft.core.tuned import Tuned
+from edgesft.core.tuning.tuned import Tuned
 from edgesft.kernels import perturb
 from edgesft.methods.delta.sparse import Sparse
 from edgesft.methods.estimate.spsa import Spsa

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from edgesft.core import sequential
-from edgesft.core.sequential import Rule
+from edgesft.core.statistics import sequential
+from edgesft.core.statistics.sequential import Rule
 from edgesft.stages.gating import budget as budgeting
 from edgesft.stages.gating.panel import Panel, Series
 

@@ -1,0 +1,1 @@
+"""What tuning methods share: the tuned model, directions, trajectories, ranks, offloading."""
