@@ -1,10 +1,8 @@
 """How a change to a model is stored and read back: `delta.safetensors`, a PEFT LoRA adapter folder, or
 `trajectory.safetensors`, the steps of a zeroth-order run (see `core.tuning.trajectory`).
 
-`delta.safetensors` holds `<layer>.<theta name>`, `<layer>.region.mask` or `.region.index` (which entries),
-and for weights that were tuned in place `<layer>.exact.index` and `.exact.value`: the few entries that base +
-float32 difference does not give back bit for bit (those that came much closer to zero). Metadata names the
-method and each layer's shape and region. No pickle is ever read.
+`delta.safetensors` holds `<layer>.<theta name>` and `<layer>.region.mask` or `.region.index` (which entries).
+Metadata names the method and each layer's shape and region. No pickle is ever read.
 """
 
 import copy
@@ -34,7 +32,7 @@ from edgesft.core.weights import Planned, Weights, check_finite, dtype_name, wri
 FILE = "delta.safetensors"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
-_EXTRA = ("region.mask", "region.index", "exact.index", "exact.value")  # beside theta
+_EXTRA = ("region.mask", "region.index")  # beside theta
 
 Base: TypeAlias = "Callable[[str], Tensor]"  # layer name -> its pretrained weight, float32
 
@@ -93,17 +91,17 @@ def tensor_name(weights: Weights, layer: str) -> str:
 # ---------------------------------------------------------------- writing
 
 
-def save(out: Path, tuned: Tuned, method: Mapping[str, Any], base: Base) -> None:
+def save(out: Path, tuned: Tuned, method: Mapping[str, Any]) -> None:
     """Write what was tuned into the folder `out`, one layer in memory at a time.
 
-    method: the resolved table of the delta (`catalog.describe`).
-    base: asked for the pretrained weight of a layer, for a comparison with weights tuned in place.
+    method: the resolved table of the delta (`catalog.describe`). Weights tuned in place are not stored so:
+    their trajectory is.
     """
     delta = next(iter(tuned.layers.values())).delta
     if hasattr(delta, "peft"):
         _save_peft(out, tuned, delta.peft())
         return
-    stored = _Stored(tuned, base)
+    stored = _Stored(tuned)
     plan, layers = [], {}
     for name in tuned.layers:
         tensors = stored.of(name)
@@ -121,13 +119,11 @@ def save(out: Path, tuned: Tuned, method: Mapping[str, Any], base: Base) -> None
 class _Stored:
     """The tensors that stand for each layer; those of the last one asked for are kept."""
 
-    def __init__(self, tuned: Tuned, base: Base) -> None:
-        self._tuned, self._base = tuned, base
+    def __init__(self, tuned: Tuned) -> None:
+        self._tuned = tuned
         self._last: tuple[str, Theta] | None = None
         self._where = {
-            f"{name}.{key}": name
-            for name, layer in tuned.layers.items()
-            for key in (*(layer.theta or ("values",)), *_EXTRA)
+            f"{name}.{key}": name for name, layer in tuned.layers.items() for key in (*layer.theta, *_EXTRA)
         }
 
     def of(self, name: str) -> Theta:
@@ -141,26 +137,10 @@ class _Stored:
 
     def _make(self, name: str) -> Theta:
         layer = self._tuned.layers[name]
-        weight = layer.weight.detach()
-        if self._tuned.in_place:
-            return changes(self._base(name), weight)
         theta = {key: p.detach() for key, p in layer.theta.items()}
         if hasattr(layer.delta, "output") or layer.region is None:
             return theta
-        return theta | positions(layer.region, weight)
-
-
-def changes(base: Tensor, tuned: Tensor) -> Theta:
-    """What turns `base` into `tuned` (same shape, float32) bit for bit, in as few bytes as is simple."""
-    before, after = base.flatten(), tuned.flatten()
-    index = (before.view(torch.int32) != after.view(torch.int32)).nonzero().flatten()
-    old, new = before[index], after[index]
-    values = new - old
-    missed = (old + values).view(torch.int32) != new.view(torch.int32)
-    stored = _pack(index, base.numel()) | {"values": values}
-    if bool(missed.any()):
-        stored |= {"exact.index": index[missed].int(), "exact.value": new[missed]}
-    return stored
+        return theta | positions(layer.region, layer.weight.detach())
 
 
 def positions(region: Region, weight: Tensor) -> Theta:
@@ -244,10 +224,6 @@ class StoredDelta:
                 folded: Tensor = self._method.fold(weight, None, theta)[0]
                 return folded
             changed: Tensor = self._method.effective(weight, self._region(layer, weight), theta, 1.0)
-            if f"{layer}.exact.index" in self._keys:
-                changed = changed.clone()
-                where = _within(self._get(f"{layer}.exact.index"), weight.numel())
-                changed.view(-1)[where] = self._get(f"{layer}.exact.value")
         except (RuntimeError, IndexError, KeyError) as error:
             raise ArtifactError(f"`{layer}` in `{self._path}` does not fit its weight: {error}") from None
         return changed

@@ -251,5 +251,4 @@ class Beside:
     ) -> None:
         from edgesft.core.tuning import delta_file
 
-        table = catalog.describe("delta", self._stage.delta)
-        delta_file.save(folder, self._tuned, table, delta_file.base_of(self._model.path))
+        delta_file.save(folder, self._tuned, catalog.describe("delta", self._stage.delta))

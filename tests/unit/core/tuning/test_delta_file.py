@@ -1,9 +1,7 @@
 import json
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -12,7 +10,7 @@ from edgesft.core import catalog, models
 from edgesft.core.errors import ArtifactError, UsageError
 from edgesft.core.protocols import Mask, Shift
 from edgesft.core.quantized import codes
-from edgesft.core.region import Whole, below, kth_smallest_magnitude
+from edgesft.core.region import Flat, Whole, below, kth_smallest_magnitude
 from edgesft.core.tuning import delta_file
 from edgesft.core.tuning.scalar_optim import Measured
 from edgesft.core.tuning.schedule import derive
@@ -26,46 +24,11 @@ torch.set_num_threads(1)
 FLOAT = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**100), max_value=2.0**100)
 
 
-def restored(base, stored):
-    """What StoredDelta does, without the file."""
-    flat = base.flatten().clone()
-    if "region.index" in stored:
-        at = stored["region.index"].long()
-    else:
-        at = torch.from_numpy(
-            np.flatnonzero(np.unpackbits(stored["region.mask"].numpy(), count=base.numel()))
-        )
-    flat[at] += stored["values"]
-    if "exact.index" in stored:
-        flat[stored["exact.index"].long()] = stored["exact.value"]
-    return flat.view(base.shape)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(FLOAT, FLOAT), min_size=1, max_size=40))
-def test_changes_give_back_every_bit(pairs):
-    base, tuned = torch.tensor(pairs).T.contiguous()
-    found = restored(base, delta_file.changes(base, tuned))
-    assert torch.equal(found.view(torch.int32), tuned.view(torch.int32))
-
-
-def test_changes_that_come_close_to_zero_are_kept_exactly():
-    base = torch.tensor([1.0, 1.0, -3.0, 0.0, 0.0, -0.0])
-    tuned = torch.tensor([1e-10, 1.5, 7e-38, -0.0, 1e-45, 0.0])
-    stored = delta_file.changes(base, tuned)
-    assert torch.equal(restored(base, stored).view(torch.int32), tuned.view(torch.int32))
-    assert 0 in stored["exact.index"].tolist()
-    assert 1 not in stored["exact.index"].tolist()
-
-
-def test_few_changes_are_an_index_and_many_a_bit_each():
-    base = torch.zeros(64, 64)
-    few, many = base.clone(), base.clone()
-    few[3, 5] = 1
-    many[::2] = 1
-    assert delta_file.changes(base, few)["region.index"].tolist() == [3 * 64 + 5]
-    assert delta_file.changes(base, many)["region.mask"].numel() == 64 * 64 // 8
-    assert delta_file.changes(base, base)["values"].numel() == 0
+def test_few_positions_are_an_index_and_many_a_bit_each():
+    weight, few, many = torch.zeros(64, 64), torch.tensor([3 * 64 + 5]), torch.arange(0, 64 * 64, 2)
+    assert delta_file.positions(Flat(few), weight)["region.index"].tolist() == [3 * 64 + 5]
+    assert delta_file.positions(Flat(many), weight)["region.mask"].numel() == 64 * 64 // 8
+    assert delta_file.positions(Whole(), weight) == {}
 
 
 @pytest.fixture(scope="module")
@@ -109,19 +72,16 @@ def effective(folder, delta, base):
     return {f"{name}.weight": delta.effective(name, base(name)) for name in sorted(delta.layers)}
 
 
-@pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("quarter", [True, False])
-def test_sparse_round_trip_is_bit_exact(folder, tmp_path, in_place, quarter):
-    with tuned_of(folder, Sparse(), in_place=in_place, quarter=quarter) as tuned:
+def test_sparse_round_trip_is_bit_exact(folder, tmp_path, quarter):
+    with tuned_of(folder, Sparse(), in_place=False, quarter=quarter) as tuned:
         shake(tuned)
         base = delta_file.base_of(folder)
-        delta_file.save(tmp_path, tuned, catalog.describe("delta", Sparse()), base)
+        delta_file.save(tmp_path, tuned, catalog.describe("delta", Sparse()))
         found = effective(folder, delta_file.load(tmp_path), base)
         assert len(found) == 14
         for name, layer in tuned.layers.items():
-            expected = layer.base.weight
-            if not in_place:
-                expected = layer.delta.effective(expected, layer.region, layer.theta, 1.0)
+            expected = layer.delta.effective(layer.base.weight, layer.region, layer.theta, 1.0)
             assert not torch.equal(expected, base(name))
             assert torch.equal(found[f"{name}.weight"].view(torch.int32), expected.view(torch.int32))
 
@@ -130,10 +90,10 @@ def test_same_run_same_bytes(folder, tmp_path):
     written = []
     for run in ("a", "b"):
         (tmp_path / run).mkdir()
-        with tuned_of(folder, Sparse(), in_place=True) as tuned:
+        with tuned_of(folder, Sparse(), in_place=False) as tuned:
             shake(tuned)
             table = catalog.describe("delta", Sparse())
-            delta_file.save(tmp_path / run, tuned, table, delta_file.base_of(folder))
+            delta_file.save(tmp_path / run, tuned, table)
         written.append((tmp_path / run / delta_file.FILE).read_bytes())
     assert written[0] == written[1]
 
@@ -144,7 +104,7 @@ def test_lora_artefact_is_a_peft_adapter(folder, tmp_path):
     lora, ids = Lora(rank=4, alpha=6.0, rslora=True), torch.arange(20).view(2, 10)
     with tuned_of(folder, lora, in_place=False) as tuned, torch.no_grad():
         shake(tuned)
-        delta_file.save(tmp_path, tuned, catalog.describe("delta", lora), delta_file.base_of(folder))
+        delta_file.save(tmp_path, tuned, catalog.describe("delta", lora))
         ours = tuned.model(ids).logits
         plain = models.load(folder)(ids).logits
     assert not (tmp_path / delta_file.FILE).exists(), "one truth only"
@@ -193,7 +153,7 @@ def test_foreign_peft_adapter_merges_to_the_same_logits(folder, tmp_path, option
 @pytest.fixture
 def adapter(folder, tmp_path):
     with tuned_of(folder, Lora(rank=2), in_place=False) as tuned:
-        delta_file.save(tmp_path, tuned, catalog.describe("delta", Lora()), delta_file.base_of(folder))
+        delta_file.save(tmp_path, tuned, catalog.describe("delta", Lora()))
     return tmp_path
 
 
@@ -247,9 +207,9 @@ def test_nan_in_an_adapter_is_refused_with_its_name(folder, adapter):
 
 
 def test_a_stored_delta_that_does_not_fit_is_refused(folder, tmp_path):
-    with tuned_of(folder, Sparse(), in_place=True) as tuned:
+    with tuned_of(folder, Sparse(), in_place=False) as tuned:
         shake(tuned)
-        delta_file.save(tmp_path, tuned, catalog.describe("delta", Sparse()), delta_file.base_of(folder))
+        delta_file.save(tmp_path, tuned, catalog.describe("delta", Sparse()))
     name = "model.layers.0.self_attn.q_proj"
     with pytest.raises(ArtifactError, match=r"q_proj.*\[32, 32\]"):
         delta_file.load(tmp_path).effective(name, torch.zeros(32, 16))

@@ -59,7 +59,7 @@ def test_tuned_by_forward_passes_stored_and_merged(region, tmp_path):
         assert torch.equal(layer.weight, base)
         expected = tuned.model(x)
         table = catalog.describe("delta", Scales(group=4))
-        delta_file.save(tmp_path, tuned, table, lambda _: base)
+        delta_file.save(tmp_path, tuned, table)
     merged = delta_file.load(tmp_path).effective("0", base)
     torch.testing.assert_close(nn.functional.linear(x, merged, layer.bias), expected)
     assert torch.equal(merged != base, region.mask(base))
@@ -69,6 +69,6 @@ def test_a_stored_shape_that_does_not_fit_is_refused(tmp_path):
     layer = nn.Linear(10, 6).requires_grad_(False)
     with tuned_of(Whole(), layer) as tuned:
         tuned.layers["0"].theta["scale"] = torch.ones(6, 2)
-        delta_file.save(tmp_path, tuned, catalog.describe("delta", Scales(group=4)), lambda _: layer.weight)
+        delta_file.save(tmp_path, tuned, catalog.describe("delta", Scales(group=4)))
     with pytest.raises(ArtifactError, match="does not fit"):
         delta_file.load(tmp_path).effective("0", layer.weight)
