@@ -3,11 +3,11 @@
 Paper: the sparse difference vectors of diff pruning and of Lottery Ticket SFT (2020-2022), without a penalty.
 Why: merged it costs nothing at inference, it keeps every pattern of zeros that the region respects, and any
 selection can be combined with it.
-How: with the estimate `spsa` and a region of magnitudes the weight itself is tuned in place, and the changed
-entries are compared with the pretrained ones at the end. Otherwise one value an entry is trained beside the
-frozen weight.
+How: with the estimate `spsa` and a region of magnitudes the weight itself is tuned in place, and the steps
+that changed it are kept. Otherwise one value an entry is trained beside the frozen weight.
 Cost: in place, no number beside the weights. Else 4 bytes an entry of the region, its gradient and optimiser.
-Stored: 4 bytes a changed entry, and for the positions one bit a weight or 4 bytes an entry, the smaller.
+Stored: in place, a few bytes a step. Else 4 bytes an entry of the region, and for the positions one bit a
+weight or 4 bytes an entry, the smaller.
 """
 
 from typing import TYPE_CHECKING, ClassVar
