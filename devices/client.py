@@ -28,7 +28,7 @@ WORKER = "edgesft.devices.worker"
 ENGINE = "engine"
 RUNTIMES: dict[str, str | None] = {
     "onnx": "edgesft.exporters.runtime:OnnxRunnable",
-    "model": "edgesft.core.tuning.torch_runtime:TorchRunnable",
+    "model": "edgesft.core.torch_runtime:TorchRunnable",
     "graph": "edgesft.exporters.foreign:GraphRunnable",
     ENGINE: None,  # known, but nothing here runs it yet: `runtime_of` says what it takes
 }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from edgesft.core import artifact
+from edgesft.core import artifact, tokens
 from edgesft.core import threads as core_threads
 from edgesft.core.errors import ArtifactError, DeviceError, UsageError
 from edgesft.exporters.description import MODEL, read_description
@@ -109,12 +109,11 @@ class OnnxRunnable:
 
     def check_ids(self, ids: IntArray) -> None:
         """Raises UsageError for an empty text or a token outside the vocabulary."""
-        check_ids(ids, self.vocabulary)
+        tokens.check_ids(ids, self.vocabulary)
 
     def check_length(self, length: int) -> None:
         """Raises UsageError if a text of `length` tokens exceeds the context."""
-        if self.context and length > self.context:
-            raise UsageError(f"{length} tokens are more than the model's context of {self.context}")
+        tokens.check_length(length, self.context)
 
     def logits(
         self,
@@ -246,7 +245,7 @@ class Growing:
         """Feed a prompt (S,), in a batch (B, S), or more of it; logits (vocabulary,) after its last token, in
         a batch (B, vocabulary)."""
         ids = rows(input_ids, self._batch)
-        check_ids(ids, self._vocabulary)
+        tokens.check_ids(ids, self._vocabulary)
         before, self._length = self._length, _room(self._length, ids.shape[1], self._capacity)
         made = {
             "input_ids": ids,
@@ -347,16 +346,6 @@ def generate(
         last = now
         tokens.append(token)
     return Generated(tuple(tokens), ttft, tuple(steps), "eos" if token in eos else "length")
-
-
-def check_ids(ids: IntArray, vocabulary: int) -> None:
-    """Raises UsageError for an empty text or a token outside the vocabulary."""
-    if ids.size == 0:
-        raise UsageError("there are no tokens to run, expected at least one")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocabulary:
-        bad = low if low < 0 else high
-        raise UsageError(f"token {bad} is outside the vocabulary of {vocabulary}")
 
 
 def rows(input_ids: IntArray, batch: int) -> IntArray:

@@ -11,9 +11,28 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from edgesft.core.errors import ArtifactError
+import numpy as np
+import numpy.typing as npt
+
+from edgesft.core.errors import ArtifactError, UsageError
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def check_ids(ids: npt.NDArray[np.int64], vocabulary: int) -> None:
+    """Raises UsageError for an empty text or a token outside the vocabulary."""
+    if ids.size == 0:
+        raise UsageError("there are no tokens to run, expected at least one")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        bad = low if low < 0 else high
+        raise UsageError(f"token {bad} is outside the vocabulary of {vocabulary}")
+
+
+def check_length(length: int, context: int) -> None:
+    """Raises UsageError if a text of `length` tokens exceeds the context; 0: no limit is known."""
+    if context and length > context:
+        raise UsageError(f"{length} tokens are more than the model's context of {context}")
 
 
 class Tokenizer:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgesft.core.protocols import Runnable
-    from edgesft.core.tuning.torch_runtime import TorchRunnable
+    from edgesft.core.torch_runtime import TorchRunnable
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]

@@ -100,7 +100,7 @@ def open_runnable(found: Artifact, threads: int = 0) -> "Runnable":
     if found.kind == "onnx":
         runnable: Runnable = catalog.runtime("exporters.runtime").load(found.path, threads=threads)
         return runnable
-    from edgesft.core.tuning.torch_runtime import TorchRunnable
+    from edgesft.core.torch_runtime import TorchRunnable
 
     return TorchRunnable(found.path, threads)
 

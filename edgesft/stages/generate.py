@@ -63,7 +63,7 @@ def _open(path: Path, kind: str, threads: int) -> "Runnable":
     if kind == "onnx":
         runnable = runtime("exporters.runtime").load(path, threads=threads)
     else:
-        from edgesft.core.tuning.torch_runtime import TorchRunnable
+        from edgesft.core.torch_runtime import TorchRunnable
 
         runnable = TorchRunnable(path, threads)
     return runnable

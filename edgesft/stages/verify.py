@@ -19,7 +19,7 @@ from edgesft.core.errors import CheckFailed
 from edgesft.core.params import validate
 
 if TYPE_CHECKING:
-    from edgesft.core.tuning.torch_runtime import TorchRunnable
+    from edgesft.core.torch_runtime import TorchRunnable
     from edgesft.stages.agreement import FloatArray, IntArray
     from edgesft.stages.rounding import WeightCheck
 
@@ -139,7 +139,7 @@ def verify(
     belong to the export's quantisation.
     Raises ArtifactError for inputs that are broken, unsafe, or that do not fit each other at all.
     """
-    from edgesft.core.tuning.torch_runtime import TorchRunnable
+    from edgesft.core.torch_runtime import TorchRunnable
     from edgesft.stages import agreement
 
     description = catalog.runtime("exporters.description").read_description(exported.path)

@@ -18,7 +18,7 @@ import torch
 
 from edgesft.core import models
 from edgesft.core.catalog import runtime
-from edgesft.core.tuning.torch_runtime import TorchRunnable
+from edgesft.core.torch_runtime import TorchRunnable
 
 
 def median_step(runnable, prompt, tokens: int) -> float:

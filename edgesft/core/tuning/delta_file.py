@@ -147,13 +147,10 @@ def positions(region: Region, weight: Tensor) -> Theta:
     """A region as bits or as positions, whichever is smaller; nothing for the whole tensor."""
     if isinstance(region, Whole):
         return {}
-    return _pack(region.mask(weight).flatten().nonzero().flatten(), weight.numel())
-
-
-def _pack(index: Tensor, numel: int) -> Theta:
-    if 4 * index.numel() < numel / 8:
+    index = region.mask(weight).flatten().nonzero().flatten()
+    if 4 * index.numel() < weight.numel() / 8:
         return {"region.index": index.int()}
-    bits = np.zeros(numel, dtype=np.uint8)
+    bits = np.zeros(weight.numel(), dtype=np.uint8)
     bits[index.numpy()] = 1
     return {"region.mask": torch.from_numpy(np.packbits(bits))}
 

@@ -110,7 +110,7 @@ class Run:
     @property
     def _speaks(self) -> bool:
         """Whether this process tells the user: alone, or the first of the ranks."""
-        return self.ranks is None or self.ranks.rank == 0
+        return self.ranks is None or self.ranks.leader
 
     # ------------------------------------------------------------ the loop
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from edgesft.core.artifact import Request, create
 from edgesft.core.errors import ArtifactError, UsageError
-from edgesft.core.tuning.torch_runtime import TorchRunnable
+from edgesft.core.torch_runtime import TorchRunnable
 from edgesft.exporters.dialects.graph import Precision
 from edgesft.exporters.foreign import GraphRunnable
 from edgesft.exporters.onnx import export

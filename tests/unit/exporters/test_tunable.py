@@ -19,7 +19,7 @@ from edgesft.core.artifact import Request, create
 from edgesft.core.data.batches import ArrayBatch
 from edgesft.core.errors import ArtifactError, DeviceError, UsageError
 from edgesft.core.protocols import Mask, Shift, Update
-from edgesft.core.tuning.torch_runtime import TorchRunnable
+from edgesft.core.torch_runtime import TorchRunnable
 from edgesft.exporters import replace
 from edgesft.exporters.dialects.graph import Precision
 from edgesft.exporters.onnx import export

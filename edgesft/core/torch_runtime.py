@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edgesft.core import models
+from edgesft.core import models, tokens
 from edgesft.core import threads as core_threads
 from edgesft.core.errors import UsageError
 
@@ -41,14 +41,8 @@ class TorchRunnable:
 
     def check(self, ids: IntArray, length: int) -> None:
         """Raises UsageError for an empty text, a token outside the vocabulary or too long a text."""
-        if ids.size == 0:
-            raise UsageError("there are no tokens to run, expected at least one")
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.vocabulary:
-            bad = low if low < 0 else high
-            raise UsageError(f"token {bad} is outside the vocabulary of {self.vocabulary}")
-        if self.context and length > self.context:
-            raise UsageError(f"{length} tokens are more than the model's context of {self.context}")
+        tokens.check_ids(ids, self.vocabulary)
+        tokens.check_length(length, self.context)
 
     def logits(
         self,
@@ -81,8 +75,7 @@ class TorchRunnable:
         """
         if self.kind != "decoder":
             raise UsageError(f"`{self.path}` is an encoder, only a decoder generates text")
-        if self.context and capacity > self.context:
-            raise UsageError(f"{capacity} tokens are more than the model's context of {self.context}")
+        tokens.check_length(capacity, self.context)
         return _Decoding(self, capacity, batch)
 
 
