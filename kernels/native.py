@@ -178,7 +178,7 @@ def cache_root() -> Path:
 
 def _library(source: Path, compiler: Compiler) -> Path:
     """Where the library of `source` lies or will lie."""
-    headers = sorted(source.parent.glob("*.h"))
+    headers = sorted((*source.parent.glob("*.h"), *source.parent.parent.glob("*.h")))
     parts = [
         source.read_bytes(),
         *(h.read_bytes() for h in headers),

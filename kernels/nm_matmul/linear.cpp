@@ -1,0 +1,412 @@
+#include "linear.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#if defined(__linux__) || defined(__APPLE__)
+#include <sys/mman.h>
+#endif
+#if defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
+#ifndef HWCAP_ASIMDDP
+#define HWCAP_ASIMDDP (1 << 20)
+#endif
+#endif
+
+namespace edgesft::nm {
+
+namespace {
+
+constexpr size_t HUGE_PAGE = size_t{1} << 21, SLAB = size_t{32} << 20, LINE = 64;
+constexpr int64_t PARTS = 64;             // of a matrix, handed out to threads
+constexpr int64_t PART_BYTES = 16 << 10;  // and what makes one worth it
+constexpr int64_t MANY = 24;              // rows of x from which spreading a strip pays (measured: 16 to 32)
+
+// ---------------------------------------------------------------- instruction sets
+
+std::vector<const Table*> present() {
+    std::vector<const Table*> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    // every processor with AVX2 has F16C; compilers of old cannot ask for it
+    if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vnni"))
+        found.push_back(&avx512);
+    if (fma) found.push_back(&avx2);
+#elif defined(__aarch64__)
+#if defined(__linux__)
+    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found.push_back(&neon_dot);
+#elif defined(__APPLE__)
+    found.push_back(&neon_dot);  // all of Apple's have it
+#endif
+    found.push_back(&neon);
+#endif
+    found.push_back(&generic);
+    return found;
+}
+
+const Table* by_name(const char* name) {
+    for (const Table* each : present())
+        if (std::strcmp(each->name, name) == 0) return each;
+    return nullptr;
+}
+
+const Table* first() {
+    const char* asked = std::getenv("EDGESFT_ISA");
+    const Table* found = asked ? by_name(asked) : nullptr;
+    return found ? found : present().front();
+}
+
+std::atomic<const Table*>& chosen() {
+    static std::atomic<const Table*> it{first()};
+    return it;
+}
+
+// ---------------------------------------------------------------- numbers
+
+float half(uint16_t h) {
+    const int exponent = h >> 10 & 31, fraction = h & 1023;
+    const float size = exponent == 0    ? std::ldexp(static_cast<float>(fraction), -24)
+                       : exponent == 31 ? (fraction ? NAN : INFINITY)
+                                        : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+    return h & 0x8000 ? -size : size;
+}
+
+float brain(uint16_t b) {
+    const uint32_t bits = static_cast<uint32_t>(b) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// Weight of slot (plane p, byte s) in row i of a tile's planes, without scale.
+float slot(const uint8_t* planes, int value, int i, int p, int s) {
+    if (value >= FP16) {
+        uint16_t bits;
+        std::memcpy(&bits, planes + 32 * (4 * p + s) + 2 * i, 2);
+        return value == FP16 ? half(bits) : brain(bits);
+    }
+    if (value == INT8) return static_cast<float>(planes[64 * p + 4 * i + s] - 128);
+    const int both = planes[64 * (p / 2) + 4 * i + s];
+    return static_cast<float>((p % 2 ? both >> 4 : both & 15) - 8);
+}
+
+// ---------------------------------------------------------------- memory
+
+// Grows only; each thread has its own.
+class Arena {
+  public:
+    Arena() = default;
+    Arena(const Arena&) = delete;
+    Arena& operator=(const Arena&) = delete;
+    ~Arena() { std::free(memory_); }
+
+    uint8_t* have(size_t bytes) {
+        if (bytes > size_) {
+            std::free(memory_);
+            size_ = 0;
+            memory_ = static_cast<uint8_t*>(std::aligned_alloc(LINE, (bytes + LINE - 1) / LINE * LINE));
+            if (memory_ == nullptr) throw std::bad_alloc();
+            size_ = bytes;
+        }
+        return memory_;
+    }
+
+  private:
+    uint8_t* memory_ = nullptr;
+    size_t size_ = 0;
+};
+
+struct Slab {
+    uint8_t* memory;
+    size_t size, used, users;
+};
+
+struct Slabs {
+    std::mutex mutex;
+    std::vector<Slab> all;
+};
+
+Slabs& slabs() {
+    static Slabs* it = new Slabs;  // never destroyed: sessions may end after statics do
+    return *it;
+}
+
+uint8_t* map(size_t size) {
+#if defined(__linux__)
+    // one huge page more, to begin where one begins
+    void* got = mmap(nullptr, size + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (got == MAP_FAILED) return nullptr;
+    uint8_t* start = static_cast<uint8_t*>(got);
+    const size_t before = (HUGE_PAGE - reinterpret_cast<uintptr_t>(start) % HUGE_PAGE) % HUGE_PAGE;
+    if (before) munmap(start, before);
+    if (HUGE_PAGE - before) munmap(start + before + size, HUGE_PAGE - before);
+    madvise(start + before, size, MADV_HUGEPAGE);  // where it is refused, pages are small
+    return start + before;
+#else
+    return static_cast<uint8_t*>(std::aligned_alloc(LINE, size));
+#endif
+}
+
+void unmap(uint8_t* memory, size_t size) {
+#if defined(__linux__)
+    munmap(memory, size);
+#else
+    (void)size;
+    std::free(memory);
+#endif
+}
+
+// ---------------------------------------------------------------- work
+
+struct Job {
+    const Table* isa;
+    const Matrix* w;
+    const Call* call;
+    Activations x;
+    Finish finish;
+    int64_t parts, unit;  // strips that stay together: 2 with a gate
+    // where the rows of x go
+    int8_t* codes;
+    float* scales;
+    int32_t* sums;
+    float* floats;
+};
+
+void prepare(void* what, size_t row) {
+    const Job& job = *static_cast<const Job*>(what);
+    const Matrix& w = *job.w;
+    const int64_t at = static_cast<int64_t>(row) * w.tiles;
+    const float* x = job.call->x + static_cast<int64_t>(row) * w.columns;
+    if (job.call->norm) {
+        static thread_local Arena arena;
+        float* normed = reinterpret_cast<float*>(arena.have(static_cast<size_t>(w.columns) * sizeof(float)));
+        job.isa->normalize(x, job.call->norm, job.call->epsilon, w.columns, normed);
+        x = normed;
+    }
+    if (job.codes) {
+        job.isa->quantize(x, w.columns, w.tiles, job.codes + at * COLUMNS, job.scales + at, job.sums + at);
+        return;
+    }
+    float* to = job.floats + at * COLUMNS;
+    std::memcpy(to, x, static_cast<size_t>(w.columns) * sizeof(float));
+    std::fill(to + w.columns, to + w.tiles * COLUMNS, 0.0f);
+}
+
+void part(void* what, size_t number) {
+    const Job& job = *static_cast<const Job*>(what);
+    const Matrix& w = *job.w;
+    const int64_t units = w.strips / job.unit, n = static_cast<int64_t>(number);
+    const int64_t from = units * n / job.parts * job.unit, to = units * (n + 1) / job.parts * job.unit;
+    if (job.codes == nullptr || w.value >= FP16 || job.call->m < MANY)
+        return job.isa->packed(w, job.x, job.call->m, from, to, job.finish);
+    static thread_local Arena arena;
+    job.isa->spread(w, job.x, job.call->m, from, to, job.finish, arena.have(static_cast<size_t>(spread_bytes(w))));
+}
+
+bool run(Parallel parallel, const void* host, void (*f)(void*, size_t), size_t count, void* what) {
+    if (parallel && count > 1) return parallel(host, f, count, what);
+    for (size_t i = 0; i < count; ++i) f(what, i);
+    return true;
+}
+
+}  // namespace
+
+const Table& table() { return *chosen().load(std::memory_order_relaxed); }
+
+bool select(const char* name) {
+    const Table* found = by_name(name);
+    if (found) chosen().store(found);
+    return found != nullptr;
+}
+
+const char* problem(const Given& g) {
+    constexpr int64_t MOST = int64_t{1} << 31;
+    if (g.rows < 1 || g.columns < 1 || g.rows >= MOST || g.columns >= MOST) return "rows and columns are not 1 to 2^31";
+    if (g.value < INT4 || g.value > BF16) return "an unknown kind of values";
+    if (g.sparse != 0 && g.sparse != 1) return "an unknown pattern";
+    if (!g.sparse && g.value >= FP16) return "fp16 and bf16 are for 2:4 only";
+    if (g.group < 0 || g.group % COLUMNS) return "the group is not a multiple of 32";
+    if (g.value >= FP16 && g.group) return "fp16 and bf16 have no groups";
+    if (!std::isfinite(g.unit)) return "the unit is not finite";
+    if (g.stream == nullptr || (g.scale_count && g.scales == nullptr)) return "data is missing";
+    const Matrix w = matrix(g);
+    if (g.stream_bytes != w.strips * w.tiles * tile_bytes(g.sparse, g.value)) return "the stream has another size";
+    if (g.scale_count != (g.value >= FP16 ? 0 : w.strips * w.groups * ROWS)) return "the scales have another number";
+    for (int64_t i = 0; i < g.scale_count; ++i)
+        if ((g.scales[i] & 0x7C00) == 0x7C00) return "a scale is not finite";
+    if (!g.sparse) return nullptr;
+    const int64_t bytes = tile_bytes(g.sparse, g.value);
+    for (int64_t t = 0; t < w.strips * w.tiles; ++t) {
+        uint8_t bad = 0;
+        for (int i = 0; i < 64; i += 2) {
+            const uint8_t one = g.stream[t * bytes + i], two = g.stream[t * bytes + i + 1];
+            for (int p = 0; p < 8; p += 2) bad |= (one >> p & 3) >= (two >> p & 3);
+        }
+        if (bad) return "two places of a group are not in order";
+    }
+    return nullptr;
+}
+
+Matrix matrix(const Given& g) {
+    Matrix w{};
+    w.stream = g.stream;
+    w.scales = g.scales;
+    w.rows = g.rows;
+    w.columns = g.columns;
+    w.tiles = (g.columns + COLUMNS - 1) / COLUMNS;
+    w.strips = (g.rows + ROWS - 1) / ROWS;
+    w.group_tiles = g.group ? g.group / COLUMNS : w.tiles;
+    w.groups = (w.tiles + w.group_tiles - 1) / w.group_tiles;
+    w.sparse = g.sparse;
+    w.value = g.value;
+    w.unit = g.unit;
+    return w;
+}
+
+bool linear(const Matrix& w, const Call& call, Parallel parallel, const void* host) {
+    static thread_local Arena arena;
+    Job job{};
+    job.isa = &table();
+    job.w = &w;
+    job.call = &call;
+    job.finish = {call.y, call.bias, call.residual, call.gate ? w.rows / 2 : w.rows, call.gate};
+    const size_t blocks = static_cast<size_t>(call.m * w.tiles);
+    if (call.level == 4 && w.value < FP16) {
+        uint8_t* memory = arena.have(blocks * (COLUMNS + sizeof(float) + sizeof(int32_t)));
+        job.codes = reinterpret_cast<int8_t*>(memory);
+        job.scales = reinterpret_cast<float*>(memory + blocks * COLUMNS);
+        job.sums = reinterpret_cast<int32_t*>(job.scales + blocks);
+    } else {
+        job.floats = reinterpret_cast<float*>(arena.have(blocks * COLUMNS * sizeof(float)));
+    }
+    job.x = {w.tiles, job.codes, job.scales, job.sums, job.floats};
+    // few rows are prepared faster than threads are woken
+    if (!run(call.m > FEW ? parallel : nullptr, host, prepare, static_cast<size_t>(call.m), &job)) return false;
+
+    job.unit = call.gate ? 2 : 1;
+    const int64_t bytes = w.strips * w.tiles * tile_bytes(w.sparse, w.value) * std::max<int64_t>(1, call.m / FEW);
+    job.parts = std::clamp(bytes / PART_BYTES, int64_t{1}, std::min(PARTS, w.strips / job.unit));
+    return run(parallel, host, part, static_cast<size_t>(job.parts), &job);
+}
+
+void read_row(const Matrix& w, int64_t row, float* y) {
+    const int64_t strip = row / ROWS, bytes = tile_bytes(w.sparse, w.value);
+    const int i = static_cast<int>(row % ROWS);
+    for (int64_t t = 0; t < w.tiles; ++t) {
+        const uint8_t* tile = w.stream + (strip * w.tiles + t) * bytes;
+        float values[COLUMNS] = {};
+        for (int p = 0; p < (w.sparse ? 4 : 8); ++p)
+            for (int s = 0; s < 4; ++s) {
+                const int column = w.sparse ? 8 * p + 4 * (s / 2) + (tile[4 * i + s] >> 2 * p & 3) : 4 * p + s;
+                values[column] = slot(tile + (w.sparse ? 64 : 0), w.value, i, p, s);
+            }
+        const float scale = w.value >= FP16 ? 1.0f : half(w.scales[(strip * w.groups + t / w.group_tiles) * ROWS + i]);
+        const int count = static_cast<int>(std::min<int64_t>(COLUMNS, w.columns - t * COLUMNS));
+        for (int k = 0; k < count; ++k) y[t * COLUMNS + k] = values[k] * scale * w.unit;
+    }
+}
+
+void* buffer(size_t bytes) {
+    const size_t size = (bytes + AHEAD + 1024 + LINE - 1) / LINE * LINE;
+    Slabs& s = slabs();
+    const std::lock_guard<std::mutex> lock(s.mutex);
+    for (Slab& slab : s.all)
+        if (slab.size - slab.used >= size) {
+            void* found = slab.memory + slab.used;
+            slab.used += size;
+            ++slab.users;
+            return found;
+        }
+    const size_t whole = std::max(SLAB, (size + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+    uint8_t* memory = map(whole);
+    if (memory == nullptr) return nullptr;
+    s.all.push_back({memory, whole, size, 1});
+    return memory;
+}
+
+void release(void* memory) {
+    if (memory == nullptr) return;
+    Slabs& s = slabs();
+    const std::lock_guard<std::mutex> lock(s.mutex);
+    for (size_t i = 0; i < s.all.size(); ++i) {
+        Slab& slab = s.all[i];
+        const uint8_t* at = static_cast<uint8_t*>(memory);
+        if (at < slab.memory || at >= slab.memory + slab.size) continue;
+        if (--slab.users == 0) {
+            unmap(slab.memory, slab.size);
+            s.all.erase(s.all.begin() + static_cast<std::ptrdiff_t>(i));
+        }
+        return;
+    }
+}
+
+}  // namespace edgesft::nm
+
+// ---------------------------------------------------------------- for ctypes and C
+
+#define EDGESFT_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using namespace edgesft::nm;
+
+// The pool of an OpenMP runtime that the process has anyway (GOMP_parallel of torch's): no second one.
+using Team = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+struct Host {
+    Team team;
+    unsigned threads;
+};
+struct Share {
+    void (*f)(void*, size_t);
+    void* what;
+    size_t count;
+    std::atomic<size_t> next;
+};
+
+bool with_team(const void* what, void (*f)(void*, size_t), size_t count, void* job) {
+    const Host& host = *static_cast<const Host*>(what);
+    Share share{f, job, count, {0}};
+    host.team(
+        [](void* of) {
+            Share& s = *static_cast<Share*>(of);
+            for (size_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.count;) s.f(s.what, i);
+        },
+        &share, host.threads, 0);
+    return true;
+}
+
+}  // namespace
+
+EDGESFT_EXPORT int edgesft_nm_abi() { return ABI; }
+EDGESFT_EXPORT const char* edgesft_nm_isa() { return table().name; }
+EDGESFT_EXPORT int edgesft_nm_select(const char* name) { return select(name); }
+EDGESFT_EXPORT const char* edgesft_nm_problem(const Given* given) { return problem(*given); }
+EDGESFT_EXPORT void* edgesft_nm_buffer(size_t bytes) { return buffer(bytes); }
+EDGESFT_EXPORT void edgesft_nm_release(void* memory) { release(memory); }
+
+// 0, or 1 when memory ran out. `team`: GOMP_parallel or null, which is one thread. The matrix must have been found
+// without a problem, and its stream must lie in a `buffer` or have AHEAD readable bytes behind it.
+EDGESFT_EXPORT int edgesft_nm_linear(const Given* given, const Call* call, void* team, unsigned threads) {
+    try {
+        Host host{};
+        std::memcpy(&host.team, &team, sizeof team);
+        host.threads = threads;
+        return !linear(matrix(*given), *call, team && threads > 1 ? with_team : nullptr, &host);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+EDGESFT_EXPORT void edgesft_nm_rows(const Given* given, const int64_t* rows, int64_t count, float* y) {
+    const Matrix w = matrix(*given);
+    for (int64_t i = 0; i < count; ++i) read_row(w, rows[i], y + i * w.columns);
+}

@@ -1,0 +1,324 @@
+// The loops over strips, written once over the vectors of an instruction set `I`:
+//   Bytes: 64 bytes; Ints, Floats: 16 lanes, one a row
+//   load, words (64 bytes as Ints), halves and brains (16 fp16 or bf16 as Floats), zero, spread (one float 16 times)
+//   low, high (the nibbles of 64 bytes), raise (+ 120), floats (of Ints), multiply_add, store
+//   piece<SHIFT, BITS>(Ints): those bits of every lane; less<OFFSET>: minus a constant
+//   fields<P>(index block): the fields p, 0..3; place<P>(fields): as offsets among the 16 columns from 16 (p / 2) on
+//   pick(x, places): bytes of the 16 at x; among(four floats, Ints): those of the lower two bits of a lane
+//   merge<HALF>(codes, fields): a plane of 2:4 to one of dense int8, see `Spread`
+//   Sparse<OFFSET>, Dense<OFFSET>: sums of (code - OFFSET) * x in int32, exact; begin(sum of x), add, sum
+//   MANY: rows of x that its registers hold in a dense product
+// Every instruction set gives the same bits: sums of integers are exact, and floats meet in one order.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "nm.h"
+
+namespace edgesft::nm {
+
+// e^x of 16 lanes (Cephes' polynomial, 2 ulp), in plain C so that no two machines differ.
+inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    const float shifted = x * 1.44269504f + 12582912.0f;  // rounds to a whole number in the lower bits
+    const float n = shifted - 12582912.0f;
+    float r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    int32_t bits;
+    std::memcpy(&bits, &shifted, 4);
+    bits = static_cast<int32_t>(static_cast<uint32_t>(bits) << 23);
+    int32_t whole;
+    std::memcpy(&whole, &p, 4);
+    whole = static_cast<int32_t>(static_cast<uint32_t>(whole) + static_cast<uint32_t>(bits));
+    std::memcpy(&p, &whole, 4);
+    return p;
+}
+
+template <class I>
+struct Strips {
+    using Bytes = typename I::Bytes;
+    using Ints = typename I::Ints;
+    using Floats = typename I::Floats;
+
+    // ------------------------------------------------------------ what a tile is
+
+    // The code (less its offset) or number of slot s of plane P, for 16 rows.
+    template <int VALUE, int P, int S>
+    static Floats number(const uint8_t* planes) {
+        if constexpr (VALUE == INT4)
+            return I::floats(I::template less<8>(
+                I::template piece<8 * S + 4 * (P % 2), 4>(I::words(planes + 64 * (P / 2)))));
+        else if constexpr (VALUE == INT8)
+            return I::floats(I::template less<128>(I::template piece<8 * S, 8>(I::words(planes + 64 * P))));
+        else if constexpr (VALUE == FP16)
+            return I::halves(planes + 32 * (4 * P + S));
+        else
+            return I::brains(planes + 32 * (4 * P + S));
+    }
+
+    template <int VALUE, int P>
+    static Bytes codes(const uint8_t* planes) {
+        if constexpr (VALUE == INT8) return I::load(planes + 64 * P);
+        const Bytes both = I::load(planes + 64 * (P / 2));
+        return P % 2 ? I::high(both) : I::low(both);
+    }
+
+    // Products of a tile of codes with M rows of x, in int32.
+    template <int SPARSE, int VALUE, int M>
+    struct Whole {
+        static constexpr int OFFSET = VALUE == INT4 ? 8 : 128;
+        using Sum = std::conditional_t<SPARSE, typename I::template Sparse<OFFSET>, typename I::template Dense<OFFSET>>;
+
+        template <int P>
+        static void plane(const uint8_t* tile, const int8_t* const* x, Sum* sums) {
+            if constexpr (SPARSE) {
+                const Bytes code = codes<VALUE, P>(tile + 64);
+                const Bytes places = I::template place<P>(I::template fields<P>(I::load(tile)));
+                for (int m = 0; m < M; ++m) sums[m].add(code, I::pick(x[m] + 16 * (P / 2), places));
+            } else {
+                const Bytes code = codes<VALUE, P>(tile);
+                for (int m = 0; m < M; ++m) sums[m].add(code, x[m] + 4 * P);
+            }
+        }
+        template <int... P>
+        static void planes(const uint8_t* tile, const int8_t* const* x, Sum* sums, std::integer_sequence<int, P...>) {
+            (plane<P>(tile, x, sums), ...);
+        }
+        static void add(const uint8_t* tile, const Activations& a, int64_t m0, int64_t t, Floats* part) {
+            const int8_t* x[M];
+            Sum sums[M];
+            for (int m = 0; m < M; ++m) {
+                const int64_t block = (m0 + m) * a.tiles + t;
+                x[m] = a.codes + block * COLUMNS;
+                sums[m].begin(a.sums + block);
+            }
+            planes(tile, x, sums, std::make_integer_sequence<int, SPARSE ? 4 : 8>());
+            for (int m = 0; m < M; ++m)
+                part[m] = I::multiply_add(I::floats(sums[m].sum()), I::spread(a.scales[(m0 + m) * a.tiles + t]), part[m]);
+        }
+    };
+
+    // The same with rows of x in floats.
+    template <int SPARSE, int VALUE, int M>
+    struct Real {
+        template <int P, int S>
+        static void slot(const uint8_t* tile, const float* const* x, Floats* part) {
+            const Floats w = number<VALUE, P, S>(tile + (SPARSE ? 64 : 0));
+            if constexpr (SPARSE) {
+                const Ints place = I::template piece<8 * S + 2 * P, 2>(I::words(tile));
+                for (int m = 0; m < M; ++m)
+                    part[m] = I::multiply_add(w, I::among(x[m] + 4 * (2 * P + S / 2), place), part[m]);
+            } else {
+                for (int m = 0; m < M; ++m) part[m] = I::multiply_add(w, I::spread(x[m][4 * P + S]), part[m]);
+            }
+        }
+        template <int P>
+        static void plane(const uint8_t* tile, const float* const* x, Floats* part) {
+            slot<P, 0>(tile, x, part);
+            slot<P, 1>(tile, x, part);
+            slot<P, 2>(tile, x, part);
+            slot<P, 3>(tile, x, part);
+        }
+        template <int... P>
+        static void planes(const uint8_t* tile, const float* const* x, Floats* part, std::integer_sequence<int, P...>) {
+            (plane<P>(tile, x, part), ...);
+        }
+        static void add(const uint8_t* tile, const Activations& a, int64_t m0, int64_t t, Floats* part) {
+            const float* x[M];
+            for (int m = 0; m < M; ++m) x[m] = a.floats + ((m0 + m) * a.tiles + t) * COLUMNS;
+            planes(tile, x, part, std::make_integer_sequence<int, SPARSE ? 4 : 8>());
+        }
+    };
+
+    // ------------------------------------------------------------ strips
+
+    // Results of rows 16 strip .. of the matrix for one row m of x.
+    static void finish(const Matrix& w, const Finish& f, int64_t m, int64_t strip, Floats sums) {
+        alignas(64) float y[ROWS];
+        I::store(y, sums);
+        const int count = static_cast<int>(std::min<int64_t>(ROWS, w.rows - strip * ROWS));
+        for (int i = 0; i < ROWS; ++i) y[i] *= w.unit;
+        if (f.bias)
+            for (int i = 0; i < count; ++i) y[i] += f.bias[strip * ROWS + i];
+        if (f.gate) {  // the gate waits in y for its partner
+            float* to = f.y + m * f.width + strip / 2 * ROWS;
+            if (strip % 2)
+                for (int i = 0; i < ROWS; ++i) y[i] *= to[i];
+            else
+                for (int i = 0; i < ROWS; ++i) y[i] = y[i] / (1.0f + exponential(-y[i]));
+            std::memcpy(to, y, sizeof y);
+            return;
+        }
+        const int64_t at = m * f.width + strip * ROWS;
+        if (f.residual)
+            for (int i = 0; i < count; ++i) y[i] += f.residual[at + i];
+        std::memcpy(f.y + at, y, static_cast<size_t>(count) * sizeof(float));
+    }
+
+    // M rows of x from m0 on times the strip whose tiles begin at `tile`. FETCH: the stream comes from memory.
+    template <template <int, int, int> class Kind, int SPARSE, int VALUE, int M, bool FETCH>
+    static void strip(const Matrix& w, const Activations& x, int64_t m0, int64_t number, const uint8_t* tile,
+                      const Finish& f) {
+        constexpr int64_t SPAN = VALUE >= FP16 ? 576 : (SPARSE ? 64 : 0) + (SPARSE ? 4 : 8) * (VALUE == INT4 ? 32 : 64);
+        const uint8_t* scale = reinterpret_cast<const uint8_t*>(w.scales + number * w.groups * ROWS);
+        Floats total[M];
+        for (int m = 0; m < M; ++m) total[m] = I::zero();
+        for (int64_t t = 0; t < w.tiles; scale += 2 * ROWS) {
+            const int64_t stop = std::min(t + w.group_tiles, w.tiles);
+            Floats part[M];
+            for (int m = 0; m < M; ++m) part[m] = I::zero();
+            for (; t < stop; ++t, tile += SPAN) {
+                if constexpr (FETCH)
+                    for (int64_t line = 0; line < SPAN; line += 64) __builtin_prefetch(tile + AHEAD + line, 0, 3);
+                Kind<SPARSE, VALUE, M>::add(tile, x, m0, t, part);
+            }
+            if constexpr (VALUE >= FP16) {
+                for (int m = 0; m < M; ++m) total[m] = part[m];
+                break;  // floats have no scales: one group
+            } else {
+                const Floats s = I::halves(scale);
+                for (int m = 0; m < M; ++m) total[m] = I::multiply_add(s, part[m], total[m]);
+            }
+        }
+        for (int m = 0; m < M; ++m) finish(w, f, m0 + m, number, total[m]);
+    }
+
+    template <template <int, int, int> class Kind, int SPARSE, int VALUE, int M>
+    static void rows_of(const Matrix& w, const Activations& x, int64_t& m0, int64_t m, int64_t number,
+                        const uint8_t* tile, const Finish& f) {
+        for (; m0 + M <= m; m0 += M) {
+            if (m0 == 0)
+                strip<Kind, SPARSE, VALUE, M, true>(w, x, m0, number, tile, f);
+            else
+                strip<Kind, SPARSE, VALUE, M, false>(w, x, m0, number, tile, f);
+        }
+    }
+
+    template <template <int, int, int> class Kind, int SPARSE, int VALUE, int MOST>
+    static void rows(const Matrix& w, const Activations& x, int64_t m, int64_t number, const uint8_t* tile,
+                     const Finish& f) {
+        int64_t m0 = 0;
+        if constexpr (MOST >= 8) rows_of<Kind, SPARSE, VALUE, 8>(w, x, m0, m, number, tile, f);
+        if constexpr (MOST >= 4) rows_of<Kind, SPARSE, VALUE, 4>(w, x, m0, m, number, tile, f);
+        if constexpr (MOST >= 2) rows_of<Kind, SPARSE, VALUE, 2>(w, x, m0, m, number, tile, f);
+        rows_of<Kind, SPARSE, VALUE, 1>(w, x, m0, m, number, tile, f);
+    }
+
+    template <template <int, int, int> class Kind, int SPARSE, int VALUE>
+    static void all(const Matrix& w, const Activations& x, int64_t m, int64_t first, int64_t last, const Finish& f) {
+        const int64_t bytes = w.tiles * tile_bytes(SPARSE, VALUE);
+        for (int64_t s = first; s < last; ++s) rows<Kind, SPARSE, VALUE, FEW>(w, x, m, s, w.stream + s * bytes, f);
+    }
+
+    static void packed(const Matrix& w, const Activations& x, int64_t m, int64_t first, int64_t last, const Finish& f) {
+        if (w.value == FP16) return all<Real, 1, FP16>(w, x, m, first, last, f);
+        if (w.value == BF16) return all<Real, 1, BF16>(w, x, m, first, last, f);
+        if (x.codes) {
+            if (w.sparse && w.value == INT4) return all<Whole, 1, INT4>(w, x, m, first, last, f);
+            if (w.sparse) return all<Whole, 1, INT8>(w, x, m, first, last, f);
+            if (w.value == INT4) return all<Whole, 0, INT4>(w, x, m, first, last, f);
+            return all<Whole, 0, INT8>(w, x, m, first, last, f);
+        }
+        if (w.sparse && w.value == INT4) return all<Real, 1, INT4>(w, x, m, first, last, f);
+        if (w.sparse) return all<Real, 1, INT8>(w, x, m, first, last, f);
+        if (w.value == INT4) return all<Real, 0, INT4>(w, x, m, first, last, f);
+        return all<Real, 0, INT8>(w, x, m, first, last, f);
+    }
+
+    // ------------------------------------------------------------ by way of dense int8
+
+    // A tile to the eight planes of dense int8.
+    template <int SPARSE, int VALUE>
+    struct Spread {
+        template <int P>
+        static void plane(const uint8_t* tile, uint8_t* to) {
+            Bytes code = codes<VALUE, P>(tile + (SPARSE ? 64 : 0));
+            if constexpr (VALUE == INT4) code = I::raise(code);  // from + 8 to + 128
+            if constexpr (SPARSE) {
+                const Bytes fields = I::template fields<P>(I::load(tile));
+                I::keep(to + 128 * P, I::template merge<0>(code, fields));
+                I::keep(to + 128 * P + 64, I::template merge<1>(code, fields));
+            } else {
+                I::keep(to + 64 * P, code);
+            }
+        }
+        template <int... P>
+        static void planes(const uint8_t* tile, uint8_t* to, std::integer_sequence<int, P...>) {
+            (plane<P>(tile, to), ...);
+        }
+        static void tiles(const uint8_t* from, int64_t count, uint8_t* to) {
+            for (int64_t t = 0; t < count; ++t, from += tile_bytes(SPARSE, VALUE), to += ROWS * COLUMNS)
+                planes(from, to, std::make_integer_sequence<int, SPARSE ? 4 : 8>());
+        }
+    };
+
+    static void spread(const Matrix& w, const Activations& x, int64_t m, int64_t first, int64_t last, const Finish& f,
+                       uint8_t* memory) {
+        const int64_t bytes = w.tiles * tile_bytes(w.sparse, w.value);
+        for (int64_t s = first; s < last; ++s) {
+            const uint8_t *from = w.stream + s * bytes, *dense = memory;
+            if (w.sparse && w.value == INT4)
+                Spread<1, INT4>::tiles(from, w.tiles, memory);
+            else if (w.sparse)
+                Spread<1, INT8>::tiles(from, w.tiles, memory);
+            else if (w.value == INT4)
+                Spread<0, INT4>::tiles(from, w.tiles, memory);
+            else
+                dense = from;
+            rows<Whole, 0, INT8, I::MANY>(w, x, m, s, dense, f);
+        }
+    }
+
+    // ------------------------------------------------------------ rows of x
+
+    static void quantize(const float* x, int64_t columns, int64_t tiles, int8_t* codes, float* scales, int32_t* sums) {
+        for (int64_t t = 0; t < tiles; ++t) {
+            alignas(64) float block[COLUMNS] = {};
+            std::memcpy(block, x + t * COLUMNS,
+                        static_cast<size_t>(std::min<int64_t>(COLUMNS, columns - t * COLUMNS)) * sizeof(float));
+            float most = 0.0f;
+            for (int i = 0; i < COLUMNS; ++i) most = std::max(most, std::fabs(block[i]));
+            // a block with an Inf or NaN has to give NaN, as it would without codes
+            const float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
+            int32_t sum = 0;
+            for (int i = 0; i < COLUMNS; ++i) {
+                const float code = block[i] * inverse + 12582912.0f;  // rounds half to even
+                int32_t bits;
+                std::memcpy(&bits, &code, 4);
+                const int8_t q = static_cast<int8_t>(bits);
+                codes[t * COLUMNS + i] = q;
+                sum += q;
+            }
+            float total = 0.0f;
+            for (int i = 0; i < COLUMNS; ++i) total += block[i] * 0.0f;  // 0, or NaN
+            scales[t] = most / 127.0f + total;
+            sums[t] = sum;
+        }
+    }
+
+    static void normalize(const float* x, const float* norm, float epsilon, int64_t columns, float* y) {
+        alignas(64) float part[ROWS] = {};
+        int64_t k = 0;
+        for (; k + ROWS <= columns; k += ROWS)
+            for (int i = 0; i < ROWS; ++i) part[i] += x[k + i] * x[k + i];
+        for (; k < columns; ++k) part[k % ROWS] += x[k] * x[k];
+        for (int half = ROWS / 2; half; half /= 2)
+            for (int i = 0; i < half; ++i) part[i] += part[i + half];
+        const float factor = 1.0f / std::sqrt(part[0] / static_cast<float>(columns) + epsilon);
+        for (k = 0; k < columns; ++k) y[k] = x[k] * factor * norm[k];
+    }
+
+    static constexpr Table table(const char* name) { return {name, packed, spread, quantize, normalize}; }
+};
+
+}  // namespace edgesft::nm
