@@ -406,6 +406,9 @@ EDGESFT_EXPORT int edgesft_nm_linear(const Given* given, const Call* call, void*
     }
 }
 
+// Reads memory in one stream, as the kernels do, and nothing else: the roof that they are measured against.
+EDGESFT_EXPORT uint64_t edgesft_nm_read(const uint8_t* memory, size_t bytes) { return table().read(memory, bytes); }
+
 EDGESFT_EXPORT void edgesft_nm_rows(const Given* given, const int64_t* rows, int64_t count, float* y) {
     const Matrix w = matrix(*given);
     for (int64_t i = 0; i < count; ++i) read_row(w, rows[i], y + i * w.columns);

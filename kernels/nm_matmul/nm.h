@@ -18,7 +18,7 @@ namespace edgesft::nm {
 
 constexpr int ABI = 1;  // of the functions that linear.cpp exports
 constexpr int ROWS = 16, COLUMNS = 32;
-constexpr int AHEAD = 4096;  // bytes of a stream fetched before they are due
+constexpr int AHEAD = 8192;  // bytes of a stream fetched before they are due
 constexpr int FEW = 4;       // rows of x that meet a tile at a time in decode
 
 enum Value : int { INT4 = 0, INT8 = 1, FP16 = 2, BF16 = 3 };
@@ -67,6 +67,8 @@ struct Table {
     void (*quantize)(const float* x, int64_t columns, int64_t tiles, int8_t* codes, float* scales, int32_t* sums);
     // y = x * norm / sqrt(mean(x^2) + epsilon)
     void (*normalize)(const float* x, const float* norm, float epsilon, int64_t columns, float* y);
+    // Reads `bytes` of memory in one stream and sums them up, nothing else.
+    uint64_t (*read)(const uint8_t* memory, size_t bytes);
 };
 
 inline int64_t tile_bytes(int sparse, int value) {

@@ -318,7 +318,23 @@ struct Strips {
         for (k = 0; k < columns; ++k) y[k] = x[k] * factor * norm[k];
     }
 
-    static constexpr Table table(const char* name) { return {name, packed, spread, quantize, normalize}; }
+    static uint64_t read(const uint8_t* memory, size_t bytes) {
+        typedef uint64_t Line __attribute__((vector_size(64)));
+        Line sums[4] = {};
+        for (size_t at = 0; at + sizeof sums <= bytes; at += sizeof sums)
+            for (size_t i = 0; i < 4; ++i) {
+                __builtin_prefetch(memory + at + AHEAD + i * sizeof(Line), 0, 3);
+                Line line;
+                std::memcpy(&line, memory + at + i * sizeof(Line), sizeof line);
+                sums[i] += line;
+            }
+        const Line all = sums[0] + sums[1] + sums[2] + sums[3];
+        uint64_t sum = 0;
+        for (int i = 0; i < 8; ++i) sum += all[i];
+        return sum;
+    }
+
+    static constexpr Table table(const char* name) { return {name, packed, spread, quantize, normalize, read}; }
 };
 
 }  // namespace edgesft::nm
