@@ -116,6 +116,29 @@ def _bits_product(call: Call) -> Cost:
     return Cost(moved, 2 * out.numel * width)
 
 
+def _packed(call: Call) -> Cost:
+    """PackedLinear: input 0 (..., columns), a stream and scales in the graph, output (..., rows or half).
+
+    Zeros that are not stored are not computed with either, but flops count the whole matrix, as for the dense
+    forms that it is compared with.
+    """
+    a, out = call.inputs[0], call.outputs[0]
+    rows, columns = call.number("rows"), call.number("columns")
+    if call.node is None or rows is None or not columns:
+        return Cost()
+    moved = _total([a.bytes, out.bytes, *(w.bytes for w in call.node.weights.values())])
+    return Cost(moved, 2 * (a.numel // columns) * rows * columns)
+
+
+def _packed_rows(call: Call) -> Cost:
+    """PackedEmbedding: rows of codes become float."""
+    out, tiled = call.outputs[0], call.weight(1)
+    rows, columns = call.number("rows"), call.number("columns")
+    if tiled is None or tiled.bytes is None or not rows or not columns:
+        return Cost(None, 2 * out.numel)
+    return Cost(_total([out.bytes, tiled.bytes * (out.numel // columns) // rows]), 2 * out.numel)
+
+
 def _product(call: Call) -> Cost:
     """MatMul and its kin: A (..., M, K), B (K, N) or (..., K, N), output (..., M, N).
 
@@ -241,6 +264,8 @@ FREE = frozenset({
 
 RULES: Mapping[str, Callable[[Call], Cost]] = {
     "MatMulNBits": _bits_product,
+    "PackedLinear": _packed,
+    "PackedEmbedding": _packed_rows,
     **dict.fromkeys(("MatMul", "FusedMatMul", "MatMulInteger", "MatMulIntegerToFloat"), _product),
     "DynamicQuantizeMatMul": _product,
     **dict.fromkeys(("Gemm", "FusedGemm"), _gemm),

@@ -27,8 +27,12 @@ SUFFIX = "_kernel_time"  # the runtime appends it to the node's name
 LAYER = re.compile(r"(?:^|[./_])(?:layers?|blocks?|h|hidden|stages?)[._/]?(\d+)(?=[./_]|$)", re.IGNORECASE)
 # Operations that only give a constant another form: the runtime folds them when it loads the graph.
 FORMS = frozenset({"Identity", "Unsqueeze", "Squeeze", "Reshape", "Transpose", "Cast", "DequantizeLinear"})
-ROWS = frozenset({"Gather", "GatherBlockQuantized", "GroupQueryAttention"})  # read rows of their weights only
-PRODUCTS = frozenset({"MatMul", "Gemm", "MatMulNBits", "MatMulInteger", "DynamicQuantizeMatMul"})
+ROWS = frozenset(
+    {"Gather", "GatherBlockQuantized", "GroupQueryAttention", "PackedEmbedding"}
+)  # read rows of their weights only
+PRODUCTS = frozenset(
+    {"MatMul", "Gemm", "MatMulNBits", "MatMulInteger", "DynamicQuantizeMatMul", "PackedLinear"}
+)
 NAMES = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "double": "fp64"}
 LEVELS = {0: "fp32", 1: "fp32", 2: "fp16", 3: "bf16", 4: "int8"}  # accuracy_level of MatMulNBits
 DETAILS = (("bits", "{} bit"), ("block_size", "blocks of {}"), ("accuracy_level", "accuracy level {}"))
@@ -138,6 +142,8 @@ def _parameters(nodes: Sequence[Node]) -> int | None:
             return None
         if node.operator == "MatMulNBits":
             total += math.prod(node.number(n) or 0 for n in ("K", "N"))
+        elif node.operator == "PackedLinear":
+            total += math.prod(node.number(n) or 0 for n in ("rows", "columns"))
         elif node.operator in PRODUCTS and 1 in node.weights:
             total += math.prod(node.weights[1].shape)
         elif node.operator in PRODUCTS and node.operator != "MatMul":
@@ -286,6 +292,12 @@ def _kernel(event: Event, node: Node | None) -> str:
     """What ran it: provider, operator, and what chooses the code inside: element type, bits, accuracy."""
     details = [] if node is None else [(node.number(name), text) for name, text in DETAILS]
     said = [text.format(value) for value, text in details if value is not None]
+    if node is not None and node.operator == "PackedLinear":
+        said = [
+            "2:4" if node.number("sparse") else "dense",
+            ("int4", "int8", "fp16", "bf16")[node.number("value") or 0],
+            f"groups of {node.number('group')}",
+        ]
     if not said and event.outputs:
         said = [event.outputs[0].type]
     return ", ".join([f"{event.provider} {event.operator}", *said])
@@ -295,6 +307,8 @@ def _arithmetic(event: Event, node: Node | None) -> str | None:
     """In what the products of a node are computed: `fp32`, `int8`...; None where nothing tells."""
     if event.operator == "MatMulNBits":
         return None if node is None else LEVELS.get(node.number("accuracy_level") or 0)
+    if event.operator == "PackedLinear":
+        return None if node is None else "int8" if node.number("level") == 4 else "fp32"
     if "Integer" in event.operator or event.operator.startswith(("QLinear", "DynamicQuantize")):
         return "int8"
     return NAMES.get(event.outputs[0].type) if event.outputs else None

@@ -4,7 +4,7 @@ The file is never altered. Its graph is parsed, changed in memory and handed to 
 external data stays where it is.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ import numpy.typing as npt
 
 from edgesft.core import threads as core_threads
 from edgesft.core.errors import ArtifactError
-from edgesft.exporters import safety
+from edgesft.exporters import packing, safety
 from edgesft.exporters.description import read_description
 from edgesft.exporters.mapped import Bound, map_weights
 from edgesft.exporters.readback import dequantized
-from edgesft.exporters.runtime import OnnxRunnable
-from edgesft.kernels.perturb import ort_op
+from edgesft.exporters.runtime import OnnxRunnable, operations, register
+from edgesft.kernels.nm_matmul import layout
+from edgesft.kernels.nm_matmul.ort_op import LINEAR
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -28,7 +29,7 @@ HIDDEN = "hidden."  # `hidden.{i}` is the residual stream after block i, in both
 
 
 class Probe(OnnxRunnable):
-    """An exported folder with `MatMulNBits` in float32 (accuracy_level 0) and the blocks' outputs visible.
+    """An exported folder with its quantised products in float32 (level 0) and the blocks' outputs visible.
 
     Everything else, the handling of the KV cache too, is that of `OnnxRunnable`.
     Raises ArtifactError for a folder that is broken or unsafe.
@@ -41,7 +42,7 @@ class Probe(OnnxRunnable):
         safety.check(self.path)
         model, self.hidden_names = _altered(safety.parse(self.path))
         weights = map_weights(self.path, self.description)
-        self.session = _open(self.path, model, self.threads, bool(weights))
+        self.session = _open(self.path, model, self.threads, operations(self.description))
         if weights:
             self.session = Bound(self.session, weights)
         self.kind = self.description["kind"]
@@ -75,10 +76,11 @@ def _altered(model: Any) -> tuple[Any, list[str]]:  # noqa: ANN401 - onnx.ModelP
     known = {value.name for value in model.graph.output}
     names = []
     for node in model.graph.node:
-        if node.op_type == "MatMulNBits":
-            kept = [a for a in node.attribute if a.name != "accuracy_level"]
+        level = {"MatMulNBits": "accuracy_level", LINEAR: "level"}.get(node.op_type)
+        if level is not None:
+            kept = [a for a in node.attribute if a.name != level]
             del node.attribute[:]
-            node.attribute.extend([*kept, onnx.helper.make_attribute("accuracy_level", 0)])
+            node.attribute.extend([*kept, onnx.helper.make_attribute(level, 0)])
         names += [o for o in node.output if o.startswith(HIDDEN) and o.removeprefix(HIDDEN).isdigit()]
     names.sort(key=lambda name: int(name.removeprefix(HIDDEN)))
     for name in names:
@@ -88,7 +90,7 @@ def _altered(model: Any) -> tuple[Any, list[str]]:  # noqa: ANN401 - onnx.ModelP
     return model, names
 
 
-def _open(folder: Path, model: Any, threads: int, perturbed: bool) -> Any:  # noqa: ANN401 - onnxruntime has no types
+def _open(folder: Path, model: Any, threads: int, names: Sequence[str]) -> Any:  # noqa: ANN401 - onnxruntime has no types
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -97,8 +99,7 @@ def _open(folder: Path, model: Any, threads: int, perturbed: bool) -> Any:  # no
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    if perturbed:
-        ort_op.register(options)
+    register(options, names)
     try:
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # a class of its own for each status code, of a module without types
@@ -134,7 +135,7 @@ def weights(folder: Path) -> Iterator[Held]:
     tensors = {t.name: t for t in safety.parse(folder).graph.initializer}
     group = int(description.get("group") or 0)
 
-    def held(name: str, rows: list[int]) -> Any:  # noqa: ANN401 - uint8 or float32
+    def held(name: str, rows: Sequence[int | None] = (0, None)) -> Any:  # noqa: ANN401 - uint8 or float32
         if name not in tensors:
             raise ArtifactError(f"`{folder}` has no initializer `{name}`; export.json names it")
         return onnx.numpy_helper.to_array(tensors[name], str(folder))[rows[0] : rows[1]]
@@ -142,12 +143,18 @@ def weights(folder: Path) -> Iterator[Held]:
     for name, array in dequantized(folder):
         entry = table[name]
         bits = int(entry.get("bits", 32))
+        if "packed" in entry:
+            packed = packing.read(entry, held(entry["tensor"]), held(entry["scales"]))
+            steps = packing.rows_of(layout.scales_of(packed), entry).astype(np.float32) * packed.unit
+            middle = np.full_like(steps, layout.OFFSETS[packed.value])
+            yield Held(name, array, steps, middle, bits, packed.group or packed.columns)
+            continue
         scales = zeros = None
         if bits < 32:
             scales = held(entry["scales"], entry["rows"])
             zeros = np.full_like(scales, 1 << (bits - 1))
             if "zeros" in entry:  # two to a byte, the lower half first, as MatMulNBits has it
-                packed = held(entry["zeros"], entry["rows"])
-                both = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+                both = held(entry["zeros"], entry["rows"])
+                both = np.stack([both & 15, both >> 4], axis=-1).reshape(len(both), -1)
                 zeros = both[:, : scales.shape[1]].astype(np.float32)
         yield Held(name, array, scales, zeros, bits, group)

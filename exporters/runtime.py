@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgesft.core.protocols import Decoding, Runnable
 
 IntArray = npt.NDArray[np.int64]
+TUNABLE, PACKED = "tunable", "packed"  # keys of export.json that stand for operations of our own
 
 
 class Session(Protocol):
@@ -65,7 +66,11 @@ class OnnxRunnable:
         self.threads = core_threads.resolve(threads)
         weights = mapped.map_weights(self.path, self.description)
         self.session: Session = open_session(
-            self.path / MODEL, threads=self.threads, spin=spin, trace=trace, perturbed=bool(weights)
+            self.path / MODEL,
+            threads=self.threads,
+            spin=spin,
+            trace=trace,
+            operations=operations(self.description),
         )
         if weights:
             self.session = mapped.Bound(self.session, weights)
@@ -270,13 +275,30 @@ class Growing:
         return self.prefill(np.asarray(token).reshape(self._batch, 1))
 
 
+def operations(description: Mapping[str, Any]) -> list[str]:
+    """Which of our own operations an exported graph has: TUNABLE, PACKED."""
+    return [name for name in (TUNABLE, PACKED) if description.get(name)]
+
+
+def register(options: Any, names: Collection[str]) -> None:  # noqa: ANN401 - onnxruntime.SessionOptions
+    """Make operations of `operations` known. Raises DeviceError where they cannot be compiled."""
+    if TUNABLE in names:
+        from edgesft.kernels.perturb import ort_op as perturb
+
+        perturb.register(options)
+    if PACKED in names:
+        from edgesft.kernels.nm_matmul import ort_op as packed
+
+        packed.register(options)
+
+
 def open_session(
-    file: Path, *, threads: int, spin: bool = True, trace: Path | None = None, perturbed: bool = False
+    file: Path, *, threads: int, spin: bool = True, trace: Path | None = None, operations: Sequence[str] = ()
 ) -> Session:
     """An ONNX Runtime session on the CPU. threads: at least 1. The file must have been found safe before.
 
     trace: beginning of the name of a file for ONNX Runtime's own profile, which `end_profiling` closes and
-    names; None: not profiled. perturbed: whether the graph has operations of `kernels.perturb.ort_op`.
+    names; None: not profiled. operations: of ours that the graph has, see `operations`.
     Raises DeviceError if this ONNX Runtime has no implementation for an operation, ArtifactError otherwise.
     """
     import onnxruntime as ort
@@ -286,10 +308,8 @@ def open_session(
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
-    if perturbed:
-        from edgesft.kernels.perturb import ort_op
-
-        ort_op.register(options)
+    register(options, operations)
+    if TUNABLE in operations:
         # of what is left to ONNX Runtime only the head would gain, by a second copy of the embedding
         options.add_session_config_entry("session.disable_prepacking", "1")
     if trace is not None:

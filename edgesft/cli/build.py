@@ -183,6 +183,12 @@ def export(
     out: Out,
     target: Annotated[str, typer.Option(help="onnx (tensorrt is not in this version).")] = "onnx",
     quantize: Annotated[str, typer.Option(help="none, int8 or int4.")] = "none",
+    sparse: Annotated[
+        str | None,
+        typer.Option(
+            help="2:4 layers packed: auto (where faster here), always or never.", show_default="auto"
+        ),
+    ] = None,
     tunable: Annotated[
         bool, typer.Option("--tunable", help="With weights that `tune` can change on the device.")
     ] = False,
@@ -199,9 +205,8 @@ def export(
     from edgesft.core.params import validate
     from edgesft.stages.export import Export
 
-    base = recipes.Recipe(
-        "export", "", {"export": {"target": target, "quantize": quantize, "tunable": tunable}}
-    )
+    asked = {"target": target, "quantize": quantize, "tunable": tunable, **given(sparse=sparse)}
+    base = recipes.Recipe("export", "", {"export": asked})
     stage = validate(Export, recipes.override(base, sets or [], "export").table("export"), "export")
     write(stage, {"model": models.resolve(model)}, out, json=json, dry_run=dry_run)
 

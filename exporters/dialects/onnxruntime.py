@@ -98,7 +98,7 @@ class DecoderGraph(Graph):
         self.lengths(mask)
         self.rotary()
         stream = self.embed(ids)
-        normed = self.norm(stream, "hidden.first", d.blocks[0].attention_norm)
+        normed = self.enter(stream, "hidden.first", d.blocks[0].attention_norm)
         present = []
         with console.progress("export", d.layers) as bar:
             for i, block in enumerate(d.blocks):
@@ -108,9 +108,26 @@ class DecoderGraph(Graph):
                 if last:  # from here on at the chosen positions only
                     attended = self.pick(attended, positions, d.q_width, "attended")
                     stream = self.pick(stream, positions, d.hidden, "stream")
-                projected = self.linear(attended, f"layers.{i}.o", [block.o], [block.o_bias])
-                normed, stream = self.skip(stream, projected, f"hidden.{i}.attention", block.mlp_norm)
-                normed, stream = self.skip(stream, self.mlp(i, block, normed), f"hidden.{i}", after)
+                normed, stream = self.join(
+                    stream,
+                    attended,
+                    f"layers.{i}.o",
+                    block.o,
+                    block.o_bias,
+                    f"hidden.{i}.attention",
+                    block.mlp_norm,
+                )
+                product = self.product(f"layers.{i}", block, normed)
+                normed, stream = self.join(
+                    stream,
+                    product,
+                    f"layers.{i}.down",
+                    block.down,
+                    block.down_bias,
+                    f"hidden.{i}",
+                    after,
+                    "down",
+                )
                 present.append(cache)
                 bar.advance()
         self.output(self.head(normed), "positions", d.vocabulary)
@@ -187,6 +204,24 @@ class DecoderGraph(Graph):
             stash_type=1,
         )[0]
 
+    def enter(self, stream: ir.Value, name: str, weight: str) -> ir.Value:
+        """The stream as the first block reads it."""
+        return self.norm(stream, name, weight)
+
+    def join(
+        self,
+        stream: ir.Value,
+        x: ir.Value,
+        name: str,
+        source: str,
+        bias: str | None,
+        total: str,
+        weight: str,
+        role: str = "linear",
+    ) -> tuple[ir.Value, ir.Value]:
+        """A projection of x back into the stream: (norm of the new stream, the new stream called `total`)."""
+        return self.skip(stream, self.linear(x, name, [source], [bias], role), total, weight)
+
     def skip(self, stream: ir.Value, update: ir.Value, name: str, weight: str) -> tuple[ir.Value, ir.Value]:
         """(norm of the sum, the sum); the sum is the value called `name`."""
         scale = self.vector(f"{name}.norm.weight", weight)
@@ -252,13 +287,11 @@ class DecoderGraph(Graph):
         (flat,) = self.op("Reshape", [x, self.integers(f"{name}.flat", -1, width)], f"{name}.rows")
         return self.op("Gather", [flat, positions], f"{name}.picked", axis=0)[0]
 
-    def mlp(self, i: int, b: Block, x: ir.Value) -> ir.Value:
-        """down(silu(gate x) * up x)."""
-        name = f"layers.{i}"
+    def product(self, name: str, b: Block, x: ir.Value) -> ir.Value:
+        """silu(gate x) * up x, (..., intermediate)."""
         gate, up = self.gate_up(name, b, x)
         (act,) = self.op("QuickGelu", [gate], f"{name}.act", domain=MICROSOFT, alpha=1.0)
-        (product,) = self.op("Mul", [act, up], f"{name}.product")
-        return self.linear(product, f"{name}.down", [b.down], [b.down_bias], "down")
+        return self.op("Mul", [act, up], f"{name}.product")[0]
 
     def gate_up(self, name: str, b: Block, x: ir.Value) -> list[ir.Value]:
         both = self.linear(x, f"{name}.gate_up", [b.gate, b.up], [b.gate_bias, b.up_bias])

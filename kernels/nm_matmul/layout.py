@@ -176,7 +176,7 @@ def _choose(weight: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint8], npt.NDArra
 def _index(places: npt.NDArray[np.uint8]) -> Bytes:
     """(strips, 16, tiles, 4, 4) -> index blocks (strips, tiles, 64)."""
     fields = places << (2 * np.arange(4, dtype=np.uint8))[:, None]
-    block = np.bitwise_or.reduce(fields, axis=3).transpose(0, 2, 1, 3)
+    block: Bytes = np.bitwise_or.reduce(fields, axis=3).transpose(0, 2, 1, 3)
     return block.reshape(*block.shape[:2], 64)
 
 
@@ -205,10 +205,10 @@ def _untile(packed: Packed) -> tuple[npt.NDArray[np.uint8] | None, npt.NDArray[A
     """(places or None, stored values), both (strips, 16, tiles, planes, 4)."""
     height, width = strips(packed.rows), tiles(packed.columns)
     block = packed.stream.reshape(height, width, tile_bytes(packed.sparse, packed.value))
-    places = None
+    places: Bytes | None = None
     if packed.sparse:
         index = block[..., :64].reshape(height, width, ROWS, 1, 4)
-        fields = (index >> (2 * np.arange(4, dtype=np.uint8))[:, None]) & 3
+        fields: Bytes = (index >> (2 * np.arange(4, dtype=np.uint8))[:, None]) & np.uint8(3)
         places = fields.transpose(0, 2, 1, 3, 4)
         block = block[..., 64:]
     if packed.value not in OFFSETS:
