@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,8 +93,9 @@ def _load(source: Path) -> ctypes.CDLL | None:
     try:
         path = _library(source, find_compiler())
         if not path.exists():
-            _build(source, find_compiler(), path)
-        _trusted(path)
+            compiler = find_compiler()
+            build(path, lambda to: _compile(source, compiler, to))
+        trusted(path)
         return ctypes.CDLL(str(path))
     except (Unavailable, OSError) as error:
         refuse(source, str(error))
@@ -110,7 +112,7 @@ def _asked(command: str) -> Compiler:
     if found is None:
         names = wanted[:1] or _COMPILERS
         raise Unavailable("no C++ compiler: " + ", ".join(f"`{name}`" for name in names) + " not found")
-    result = _run([found, "--version"])
+    result = run([found, "--version"])
     if result.returncode:
         raise Unavailable(f"`{found} --version` failed")
     return Compiler((found, *wanted[1:]), result.stdout.strip())
@@ -121,7 +123,7 @@ def find_compiler() -> Compiler:
     return _asked(os.environ.get("CXX", "").strip())
 
 
-def _run(command: list[str]) -> "subprocess.CompletedProcess[str]":
+def run(command: list[str]) -> "subprocess.CompletedProcess[str]":
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
@@ -190,7 +192,7 @@ def _library(source: Path, compiler: Compiler) -> Path:
     return cache_root() / key / f"{source.parent.name}-{source.stem}.so"
 
 
-def _trusted(path: Path) -> None:
+def trusted(path: Path) -> None:
     """Raise Unavailable when somebody else could have put the library there."""
     if not hasattr(os, "getuid"):
         return
@@ -200,8 +202,12 @@ def _trusted(path: Path) -> None:
             raise Unavailable(f"`{each}` belongs to or can be written by another user")
 
 
-def _build(source: Path, compiler: Compiler, path: Path) -> None:
-    """Compile `source` into `path`; a second process waits for the first. Raises Unavailable, OSError."""
+def build(path: Path, make: Callable[[Path], str]) -> None:
+    """Let `make` compile a library at the path that it is given, and move it to `path`, folder and all.
+
+    make returns the commands, which are kept beside it. A second process waits for the first.
+    Raises Unavailable, OSError.
+    """
     import filelock
 
     root = path.parent.parent
@@ -213,7 +219,7 @@ def _build(source: Path, compiler: Compiler, path: Path) -> None:
             with tempfile.TemporaryDirectory(dir=root, prefix="build-") as folder:
                 made = Path(folder) / "made"
                 made.mkdir(mode=0o700)
-                command = _compile(source, compiler, made / path.name)
+                command = make(made / path.name)
                 (made / "command.txt").write_text(command + "\n", encoding="utf-8")
                 shutil.rmtree(path.parent, ignore_errors=True)
                 made.rename(path.parent)
@@ -221,7 +227,7 @@ def _build(source: Path, compiler: Compiler, path: Path) -> None:
         raise Unavailable("another process has been compiling it for too long") from None
 
 
-def _first_error(text: str) -> str:
+def first_error(text: str) -> str:
     lines = text.strip().split("\n")
     return next((line for line in lines if "error" in line.lower()), lines[-1])
 
@@ -234,9 +240,9 @@ def _compile(source: Path, compiler: Compiler, path: Path) -> str:
         compile_ = [*compiler.command, *compiling, "-c", str(source), "-o", str(part)]
         link = [*compiler.command, "-shared", str(part), *linking, "-o", str(path)]
         for command in (compile_, link):
-            result = _run(command)
+            result = run(command)
             if result.returncode:
-                complaint = complaint or _first_error(result.stderr)
+                complaint = complaint or first_error(result.stderr)
                 break
         else:
             part.unlink()

@@ -316,7 +316,8 @@ void read_row(const Matrix& w, int64_t row, float* y) {
 }
 
 void* buffer(size_t bytes) {
-    const size_t size = (bytes + AHEAD + 1024 + LINE - 1) / LINE * LINE;
+    // end to end in the order of use: what is fetched ahead of the end of one is the beginning of the next
+    const size_t size = (bytes + LINE - 1) / LINE * LINE;
     Slabs& s = slabs();
     const std::lock_guard<std::mutex> lock(s.mutex);
     for (Slab& slab : s.all)
@@ -394,7 +395,7 @@ EDGESFT_EXPORT void* edgesft_nm_buffer(size_t bytes) { return buffer(bytes); }
 EDGESFT_EXPORT void edgesft_nm_release(void* memory) { release(memory); }
 
 // 0, or 1 when memory ran out. `team`: GOMP_parallel or null, which is one thread. The matrix must have been found
-// without a problem, and its stream must lie in a `buffer` or have AHEAD readable bytes behind it.
+// without a problem.
 EDGESFT_EXPORT int edgesft_nm_linear(const Given* given, const Call* call, void* team, unsigned threads) {
     try {
         Host host{};

@@ -51,7 +51,7 @@ void read_row(const Matrix& w, int64_t row, float* y);
 const Table& table();
 bool select(const char* name);
 
-// Memory for weights on huge pages, 64-byte aligned, with AHEAD readable bytes behind it; null when there is none.
+// Memory for weights on huge pages, 64-byte aligned; null when there is none.
 void* buffer(size_t bytes);
 void release(void* memory);
 

@@ -11,6 +11,7 @@ from edgesft.kernels.nm_matmul.layout import LIMITS, Codes, Floats, Halves, grou
 
 _SHRINK = (1.0, 0.94, 0.88, 0.82, 0.76)  # of the range that a group's codes are spread over
 _ENTRIES = 1 << 17  # searched at a time, so that temporaries stay in the cache
+_LARGEST = 2.0**15  # scale: half of what fp16 ends at, for a fitted one may be larger than the range asks
 _VALUES = {4: "int4", 8: "int8"}
 
 
@@ -25,6 +26,8 @@ def search_scales(weight: Floats, bits: int, group: int, importance: Floats | No
     rows, columns = weight.shape
     if not np.isfinite(weight).all():
         raise ValueError("a weight is not finite")
+    if np.abs(weight).max(initial=0) > LIMITS[_VALUES[bits]][1] * _LARGEST:
+        raise ValueError("a scale is beyond the range of fp16")
     span, count = group or columns, groups(columns, group)
     width = span * count
     found = np.empty((rows, count), np.float16)
@@ -37,8 +40,6 @@ def search_scales(weight: Floats, bits: int, group: int, importance: Floats | No
         padded[:, :columns] = part
         best = _search(padded.reshape(len(part), count, span), _VALUES[bits], share.reshape(count, span))
         found[start : start + step] = best
-    if not np.isfinite(found).all():
-        raise ValueError("a scale is beyond the range of fp16")
     return found
 
 

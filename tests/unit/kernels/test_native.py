@@ -67,7 +67,7 @@ def test_compiles_once_and_loads_again(source, tmp_path, monkeypatch):
     assert "-ffp-contract=off" in (kept[0] / "command.txt").read_text()
 
     native._load.cache_clear()
-    monkeypatch.setattr(native, "_build", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(native, "build", lambda *_: pytest.fail("compiled again"))
     assert native.load(source).answer() == 42
 
 
@@ -158,7 +158,7 @@ def test_two_processes_compile_once(source, tmp_path):
     code = (
         "import sys; from pathlib import Path; from edgesft.kernels import native;"
         "c = native.find_compiler(); s = Path(sys.argv[1]); p = native._library(s, c);"
-        "native._build(s, c, p); assert p.exists()"
+        "native.build(s, c, p); assert p.exists()"
     )
     env = {**os.environ, "CXX": str(cxx), "EDGESFT_CACHE": str(tmp_path / "cache")}
     both = [subprocess.Popen([sys.executable, "-c", code, str(source)], env=env) for _ in range(2)]
