@@ -18,7 +18,8 @@ namespace edgesft::nm {
 
 constexpr int ABI = 1;  // of the functions that linear.cpp exports
 constexpr int ROWS = 16, COLUMNS = 32;
-constexpr int AHEAD = 8192;  // bytes of a stream fetched before they are due
+// Bytes of a stream fetched before they are due: in one go, or to the second-level cache and on from there.
+constexpr int AHEAD = 8192, FAR = 16384, NEAR = 1024;
 constexpr int FEW = 4;       // rows of x that meet a tile at a time in decode
 
 enum Value : int { INT4 = 0, INT8 = 1, FP16 = 2, BF16 = 3 };

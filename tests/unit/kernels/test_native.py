@@ -158,7 +158,7 @@ def test_two_processes_compile_once(source, tmp_path):
     code = (
         "import sys; from pathlib import Path; from edgesft.kernels import native;"
         "c = native.find_compiler(); s = Path(sys.argv[1]); p = native._library(s, c);"
-        "native.build(s, c, p); assert p.exists()"
+        "native.build(p, lambda to: native._compile(s, c, to)); assert p.exists()"
     )
     env = {**os.environ, "CXX": str(cxx), "EDGESFT_CACHE": str(tmp_path / "cache")}
     both = [subprocess.Popen([sys.executable, "-c", code, str(source)], env=env) for _ in range(2)]
