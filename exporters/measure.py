@@ -19,7 +19,7 @@ from edgesft.kernels.nm_matmul import layout, ort_op
 
 ROUNDS: Final = 9
 COLD_BYTES: Final = 64 << 20  # of different weights in a graph: more than caches hold
-MOST_COPIES: Final = 64
+MOST_COPIES: Final = 256
 
 
 class Fastest:
@@ -46,19 +46,24 @@ class Fastest:
 
 def measure(layer: Layer, kinds: Sequence[str], dense_group: int, threads: int) -> dict[str, float]:
     """Seconds of one call with one row of x by kind: medians of rounds in which all take turns."""
-    sessions = {kind: _session(layer, kind, dense_group, threads) for kind in kinds}
+    sessions = {kind: session(layer, kind, dense_group, threads) for kind in kinds}
     x = {"x": np.random.default_rng(0).standard_normal((1, layer.columns)).astype(np.float32)}
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(ROUNDS):
-        for kind, (session, copies) in sessions.items():
+        for kind, (made, copies) in sessions.items():
             began = time.perf_counter()
-            session.run(None, x)
+            made.run(None, x)
             times[kind].append((time.perf_counter() - began) / copies)
     return {kind: statistics.median(found[1:]) for kind, found in times.items()}
 
 
-def _session(layer: Layer, kind: str, dense_group: int, threads: int) -> tuple[Any, int]:
-    """A session with so many different copies of the layer that caches cannot hold them."""
+def session(
+    layer: Layer, kind: str, dense_group: int, threads: int, cold_bytes: int = COLD_BYTES
+) -> tuple[Any, int]:
+    """A session with so many different copies of the layer that caches cannot hold them, and how many.
+
+    kind: `packed`, `tiled` or `dense`. Input x (rows, columns), outputs y.0, y.1... (rows, layer.rows).
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -69,7 +74,7 @@ def _session(layer: Layer, kind: str, dense_group: int, threads: int) -> tuple[A
     if kind != "dense":
         ort_op.register(options)
     size = layer.rows * layer.columns * layer.bits // 8
-    copies = max(1, min(MOST_COPIES, -(-COLD_BYTES // size)))
+    copies = max(1, min(MOST_COPIES, -(-cold_bytes // size)))
     model = _model(layer, kind, dense_group, copies)
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]), copies
 
@@ -143,5 +148,5 @@ def _random(rows: int, columns: int, bits: int, group: int, sparse: bool) -> lay
 def _different(packed: layout.Packed, copy: int) -> layout.Bytes:
     """The stream with another value in it: the runtime keeps equal weights once."""
     stream = packed.stream.copy()
-    stream[-1 - copy % 64] ^= 1 + copy // 64
+    stream[-1 - copy % 64] ^= 1 + copy // 64  # a value, never an index
     return stream

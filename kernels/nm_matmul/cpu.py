@@ -54,8 +54,10 @@ def functions() -> ctypes.CDLL:
     found.edgesft_nm_problem.argtypes, found.edgesft_nm_problem.restype = [pointer], ctypes.c_char_p
     found.edgesft_nm_buffer.argtypes, found.edgesft_nm_buffer.restype = [size], pointer
     found.edgesft_nm_release.argtypes, found.edgesft_nm_release.restype = [pointer], None
-    found.edgesft_nm_linear.argtypes = [pointer, pointer, pointer, ctypes.c_uint]
-    found.edgesft_nm_rows.argtypes = [pointer, pointer, ctypes.c_int64, pointer]
+    found.edgesft_nm_bytes.argtypes, found.edgesft_nm_bytes.restype = [pointer], size
+    found.edgesft_nm_load.argtypes, found.edgesft_nm_load.restype = [pointer, pointer], None
+    found.edgesft_nm_linear.argtypes = [pointer, pointer, pointer, pointer, ctypes.c_uint]
+    found.edgesft_nm_rows.argtypes = [pointer, pointer, pointer, ctypes.c_int64, pointer]
     found.edgesft_nm_rows.restype = None
     found.edgesft_nm_read.argtypes, found.edgesft_nm_read.restype = [pointer, size], ctypes.c_uint64
     return found
@@ -93,16 +95,12 @@ class Weights:
         self._memory: int | None = None
         self.packed = packed
         stream = np.ascontiguousarray(packed.stream)
-        self._scales = np.ascontiguousarray(packed.scales)
-        self._memory = self._library.edgesft_nm_buffer(stream.nbytes)
-        if self._memory is None:
-            raise MemoryError(f"no memory for {stream.nbytes:,} bytes of weights")
-        ctypes.memmove(self._memory, stream.ctypes.data, stream.nbytes)
+        scales = np.ascontiguousarray(packed.scales)
         self._given = _Given(
-            self._memory,
-            self._scales.ctypes.data,
+            stream.ctypes.data,
+            scales.ctypes.data,
             stream.nbytes,
-            self._scales.size,
+            scales.size,
             packed.rows,
             packed.columns,
             packed.group,
@@ -113,6 +111,11 @@ class Weights:
         why = self._library.edgesft_nm_problem(ctypes.byref(self._given))
         if why is not None:
             raise NotPacked(why.decode())
+        size = self._library.edgesft_nm_bytes(ctypes.byref(self._given))
+        self._memory = self._library.edgesft_nm_buffer(size)
+        if self._memory is None:
+            raise MemoryError(f"no memory for {size:,} bytes of weights")
+        self._library.edgesft_nm_load(ctypes.byref(self._given), self._memory)
 
     def __del__(self) -> None:
         if getattr(self, "_memory", None) is not None:
@@ -142,7 +145,9 @@ class Weights:
             raise ValueError(f"level is {level}, expected one of {LEVELS}")
         made = _Call(x, norm, bias, residual, y, m, epsilon, int(gate), level)
         team = _team() if threads > 1 else None
-        if self._library.edgesft_nm_linear(ctypes.byref(self._given), ctypes.byref(made), team, threads):
+        if self._library.edgesft_nm_linear(
+            ctypes.byref(self._given), self._memory, ctypes.byref(made), team, threads
+        ):
             raise MemoryError("no memory for the rows of a packed product")
 
     def linear(
@@ -189,7 +194,9 @@ class Weights:
         if which.size and (which.min() < 0 or which.max() >= self.packed.rows):
             raise IndexError(f"a row beyond 0 .. {self.packed.rows - 1}")
         y = np.empty((which.size, self.packed.columns), np.float32)
-        self._library.edgesft_nm_rows(ctypes.byref(self._given), which.ctypes.data, which.size, y.ctypes.data)
+        self._library.edgesft_nm_rows(
+            ctypes.byref(self._given), self._memory, which.ctypes.data, which.size, y.ctypes.data
+        )
         return y
 
 

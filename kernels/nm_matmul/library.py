@@ -106,3 +106,7 @@ def _opened(found: Path) -> ctypes.CDLL:
     if abi != ABI:
         raise native.Unavailable(f"`{found}` has the interface {abi}, this edgesft needs {ABI}")
     return library
+
+
+if __name__ == "__main__":  # so that a runtime without Python, or without us, can be told where it lies
+    print(path())

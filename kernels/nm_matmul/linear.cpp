@@ -258,18 +258,28 @@ const char* problem(const Given& g) {
 
 Matrix matrix(const Given& g) {
     Matrix w{};
-    w.stream = g.stream;
-    w.scales = g.scales;
     w.rows = g.rows;
     w.columns = g.columns;
     w.tiles = (g.columns + COLUMNS - 1) / COLUMNS;
     w.strips = (g.rows + ROWS - 1) / ROWS;
     w.group_tiles = g.group ? g.group / COLUMNS : w.tiles;
     w.groups = (w.tiles + w.group_tiles - 1) / w.group_tiles;
+    w.head = g.value >= FP16 ? 0 : (w.groups * ROWS * 2 + 63) / 64 * 64;
+    w.stride = w.head + w.tiles * tile_bytes(g.sparse, g.value);
     w.sparse = g.sparse;
     w.value = g.value;
     w.unit = g.unit;
     return w;
+}
+
+void load(const Given& g, const Matrix& w, uint8_t* memory) {
+    const int64_t scales = g.value >= FP16 ? 0 : w.groups * ROWS, tiles = w.stride - w.head;
+    for (int64_t s = 0; s < w.strips; ++s) {
+        uint8_t* to = memory + s * w.stride;
+        if (scales) std::memcpy(to, g.scales + s * scales, static_cast<size_t>(scales) * 2);
+        std::memset(to + scales * 2, 0, static_cast<size_t>(w.head - scales * 2));
+        std::memcpy(to + w.head, g.stream + s * tiles, static_cast<size_t>(tiles));
+    }
 }
 
 bool linear(const Matrix& w, const Call& call, Parallel parallel, const void* host) {
@@ -302,14 +312,16 @@ void read_row(const Matrix& w, int64_t row, float* y) {
     const int64_t strip = row / ROWS, bytes = tile_bytes(w.sparse, w.value);
     const int i = static_cast<int>(row % ROWS);
     for (int64_t t = 0; t < w.tiles; ++t) {
-        const uint8_t* tile = w.stream + (strip * w.tiles + t) * bytes;
+        const uint8_t* tile = w.strip(strip) + w.head + t * bytes;
         float values[COLUMNS] = {};
         for (int p = 0; p < (w.sparse ? 4 : 8); ++p)
             for (int s = 0; s < 4; ++s) {
                 const int column = w.sparse ? 8 * p + 4 * (s / 2) + (tile[4 * i + s] >> 2 * p & 3) : 4 * p + s;
                 values[column] = slot(tile + (w.sparse ? 64 : 0), w.value, i, p, s);
             }
-        const float scale = w.value >= FP16 ? 1.0f : half(w.scales[(strip * w.groups + t / w.group_tiles) * ROWS + i]);
+        uint16_t bits = 0x3C00;  // 1
+        if (w.value < FP16) std::memcpy(&bits, w.strip(strip) + 2 * (t / w.group_tiles * ROWS + i), 2);
+        const float scale = half(bits);
         const int count = static_cast<int>(std::min<int64_t>(COLUMNS, w.columns - t * COLUMNS));
         for (int k = 0; k < count; ++k) y[t * COLUMNS + k] = values[k] * scale * w.unit;
     }
@@ -391,17 +403,24 @@ EDGESFT_EXPORT int edgesft_nm_abi() { return ABI; }
 EDGESFT_EXPORT const char* edgesft_nm_isa() { return table().name; }
 EDGESFT_EXPORT int edgesft_nm_select(const char* name) { return select(name); }
 EDGESFT_EXPORT const char* edgesft_nm_problem(const Given* given) { return problem(*given); }
+EDGESFT_EXPORT size_t edgesft_nm_bytes(const Given* given) { return bytes(matrix(*given)); }
+EDGESFT_EXPORT void edgesft_nm_load(const Given* given, void* memory) {
+    load(*given, matrix(*given), static_cast<uint8_t*>(memory));
+}
 EDGESFT_EXPORT void* edgesft_nm_buffer(size_t bytes) { return buffer(bytes); }
 EDGESFT_EXPORT void edgesft_nm_release(void* memory) { release(memory); }
 
-// 0, or 1 when memory ran out. `team`: GOMP_parallel or null, which is one thread. The matrix must have been found
-// without a problem.
-EDGESFT_EXPORT int edgesft_nm_linear(const Given* given, const Call* call, void* team, unsigned threads) {
+// 0, or 1 when memory ran out. `memory`: what `load` made of a matrix found without a problem. `team`: GOMP_parallel
+// or null, which is one thread.
+EDGESFT_EXPORT int edgesft_nm_linear(const Given* given, const void* memory, const Call* call, void* team,
+                                     unsigned threads) {
     try {
+        Matrix w = matrix(*given);
+        w.memory = static_cast<const uint8_t*>(memory);
         Host host{};
         std::memcpy(&host.team, &team, sizeof team);
         host.threads = threads;
-        return !linear(matrix(*given), *call, team && threads > 1 ? with_team : nullptr, &host);
+        return !linear(w, *call, team && threads > 1 ? with_team : nullptr, &host);
     } catch (const std::bad_alloc&) {
         return 1;
     }
@@ -410,7 +429,9 @@ EDGESFT_EXPORT int edgesft_nm_linear(const Given* given, const Call* call, void*
 // Reads memory in one stream, as the kernels do, and nothing else: the roof that they are measured against.
 EDGESFT_EXPORT uint64_t edgesft_nm_read(const uint8_t* memory, size_t bytes) { return table().read(memory, bytes); }
 
-EDGESFT_EXPORT void edgesft_nm_rows(const Given* given, const int64_t* rows, int64_t count, float* y) {
-    const Matrix w = matrix(*given);
+EDGESFT_EXPORT void edgesft_nm_rows(const Given* given, const void* memory, const int64_t* rows, int64_t count,
+                                    float* y) {
+    Matrix w = matrix(*given);
+    w.memory = static_cast<const uint8_t*>(memory);
     for (int64_t i = 0; i < count; ++i) read_row(w, rows[i], y + i * w.columns);
 }

@@ -22,8 +22,10 @@ struct Given {
 // Why the matrix is not one, or null. Reads all of it.
 const char* problem(const Given& given);
 
-// The matrix of a given one without a problem.
+// The matrix of a given one without a problem, whose `memory` is to be filled: `bytes` of it by `load`.
 Matrix matrix(const Given& given);
+inline size_t bytes(const Matrix& w) { return static_cast<size_t>(w.strips * w.stride); }
+void load(const Given& given, const Matrix& w, uint8_t* memory);
 
 // level: 4 computes with x in int8, blocks of 32 with a scale each; 0 with x as it is.
 struct Call {

@@ -9,6 +9,9 @@
 //     weight + 8, two planes to 64 bytes, the even one in the lower halves.
 //   fp16 and bf16 (2:4 only): 16 vectors of 16 rows, vector 4p+s.
 // Scales are fp16 (strip, group, 16); a weight is code * scale * unit.
+//
+// In a file stream and scales are apart. In memory the scales of a strip, filled up to 64 bytes, lie before its
+// tiles: a second stream of its own would be fetched from memory too late.
 #pragma once
 
 #include <cstddef>
@@ -18,21 +21,22 @@ namespace edgesft::nm {
 
 constexpr int ABI = 1;  // of the functions that linear.cpp exports
 constexpr int ROWS = 16, COLUMNS = 32;
-// Bytes of a stream fetched before they are due: in one go, or to the second-level cache and on from there.
-constexpr int AHEAD = 8192, FAR = 16384, NEAR = 1024;
+constexpr int FAR = 16384, NEAR = 1024;  // bytes of a stream fetched before they are due, see `fetch`
 constexpr int FEW = 4;       // rows of x that meet a tile at a time in decode
 
 enum Value : int { INT4 = 0, INT8 = 1, FP16 = 2, BF16 = 3 };
 
 struct Matrix {
-    const uint8_t* stream;
-    const uint16_t* scales;
+    const uint8_t* memory;        // strips, each its scales and then its tiles
+    int64_t head, stride;         // bytes of a strip's scales, and of all of it
     int64_t rows, columns;
-    int64_t tiles, strips;         // tiles of a strip
-    int64_t group_tiles, groups;   // tiles that share scales; such groups in a strip
-    int sparse;                    // 1: 2:4
-    int value;                     // Value
+    int64_t tiles, strips;        // tiles of a strip
+    int64_t group_tiles, groups;  // tiles that share scales; such groups in a strip
+    int sparse;                   // 1: 2:4
+    int value;                    // Value
     float unit;
+
+    const uint8_t* strip(int64_t number) const { return memory + number * stride; }
 };
 
 // Rows of x as the kernels read them, columns filled up with zeros. Either codes, in blocks of 32 with a scale and

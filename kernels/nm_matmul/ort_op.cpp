@@ -7,7 +7,7 @@
 //   (..., rows / 2)), epsilon (float) of the norm, version of the format.
 // PackedEmbedding: y = rows of w. Inputs: ids (...) int64; stream, scales. The same attributes up to unit, version.
 //
-// The stream is copied once, while a kernel is made, onto huge pages: a session's own lie on small ones, which
+// A matrix is copied once, while a kernel is made, onto huge pages: a session's own lie on small ones, which
 // halve the bandwidth. Kernels of one initializer share the copy.
 
 #include <algorithm>
@@ -30,8 +30,7 @@ constexpr int64_t FORMAT = 1;
 // ---------------------------------------------------------------- streams on huge pages
 
 struct Copy {
-    const void* source;
-    size_t size;
+    const void *stream, *scales;  // of the session
     void* memory;
     int users;
 };
@@ -47,18 +46,18 @@ Copies& copies() {
 }
 
 // A session holds its initializers as long as its kernels, so an address names one of them while it has users.
-const uint8_t* share(const void* source, size_t size) {
+const uint8_t* share(const Given& given, const Matrix& w) {
     Copies& c = copies();
     const std::lock_guard<std::mutex> lock(c.mutex);
     for (Copy& each : c.all)
-        if (each.source == source && each.size == size) {
+        if (each.stream == given.stream && each.scales == given.scales) {
             ++each.users;
             return static_cast<const uint8_t*>(each.memory);
         }
-    void* memory = buffer(size);
+    void* memory = buffer(bytes(w));
     if (memory == nullptr) return nullptr;
-    std::memcpy(memory, source, size);
-    c.all.push_back({source, size, memory, 1});
+    load(given, w, static_cast<uint8_t*>(memory));
+    c.all.push_back({given.stream, given.scales, memory, 1});
     return static_cast<const uint8_t*>(memory);
 }
 
@@ -81,15 +80,12 @@ struct Kernel {
     explicit Kernel(const ort::Api& a) : api(a) {}
     Kernel(const Kernel&) = delete;
     Kernel& operator=(const Kernel&) = delete;
-    ~Kernel() { drop(stream); }
+    ~Kernel() { drop(w.memory); }
 
     ort::Api api;
     Matrix w{};
     int64_t level = 4, gate = 0;
     float epsilon = 0.0f;
-    const uint8_t* stream = nullptr;
-    std::vector<uint16_t> scales;
-    std::vector<int64_t> sizes;  // of x and y, kept for their memory
 };
 
 struct Tensor {
@@ -154,16 +150,14 @@ ort::Status* load(Kernel& kernel, const void* info) {
     Tensor stream, scales;
     EDGESFT_TRY(constant(api, info, 1, ort::UINT8, "stream", stream));
     EDGESFT_TRY(constant(api, info, 2, ort::FLOAT16, "scales", scales));
-    const uint16_t* halves = static_cast<const uint16_t*>(scales.data);
-    kernel.scales.assign(halves, halves + scales.count);
-    kernel.stream = share(stream.data, static_cast<size_t>(stream.count));
-    if (kernel.stream == nullptr) return api.status(ort::FAIL, "edgesft: no memory for a matrix");
-    given.stream = kernel.stream;
+    given.stream = static_cast<const uint8_t*>(stream.data);
     given.stream_bytes = stream.count;
-    given.scales = kernel.scales.data();
+    given.scales = static_cast<const uint16_t*>(scales.data);
     given.scale_count = scales.count;
     if (const char* why = problem(given)) return refuse(api, std::string("not a packed matrix: ") + why);
     kernel.w = matrix(given);
+    kernel.w.memory = share(given, kernel.w);
+    if (kernel.w.memory == nullptr) return api.status(ort::FAIL, "edgesft: no memory for a matrix");
     return nullptr;
 }
 

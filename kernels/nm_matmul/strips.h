@@ -78,10 +78,6 @@ struct Strips {
         template <int P>
         static void plane(const uint8_t* tile, const int8_t* const* x, Sum* sums) {
             if constexpr (SPARSE) {
-                if constexpr (VALUE == INT8) {
-                    __builtin_prefetch(tile + AHEAD + 64 * P, 0, 3);
-                    if constexpr (P == 3) __builtin_prefetch(tile + AHEAD + 256, 0, 3);
-                }
                 const Bytes code = codes<VALUE, P>(tile + 64);
                 const Bytes places = I::template place<P>(I::template fields<P>(I::load(tile)));
                 for (int m = 0; m < M; ++m) sums[m].add(code, I::pick(x[m] + 16 * (P / 2), places));
@@ -142,6 +138,8 @@ struct Strips {
 
     // ------------------------------------------------------------ strips
 
+    static constexpr int AT_ONCE = 64;  // groups
+
     // Results of rows 16 strip .. of the matrix for one row m of x.
     static void finish(const Matrix& w, const Finish& f, int64_t m, int64_t strip, Floats sums) {
         alignas(64) float y[ROWS];
@@ -170,41 +168,51 @@ struct Strips {
         std::memcpy(f.y + at, y, static_cast<size_t>(count) * sizeof(float));
     }
 
-    // M rows of x from m0 on times the strip whose tiles begin at `tile`. FETCH: the stream comes from memory.
+    // M rows of x from m0 on times the strip whose tiles begin at `tile`. FETCH: ahead of its use.
     template <template <int, int, int> class Kind, int SPARSE, int VALUE, int M, bool FETCH>
     static void strip(const Matrix& w, const Activations& x, int64_t m0, int64_t number, const uint8_t* tile,
                       const Finish& f) {
         constexpr int64_t SPAN = VALUE >= FP16 ? 576 : (SPARSE ? 64 : 0) + (SPARSE ? 4 : 8) * (VALUE == INT4 ? 32 : 64);
-        const uint8_t* scale = reinterpret_cast<const uint8_t*>(w.scales + number * w.groups * ROWS);
+        // Scales are taken over a few at a time: loads that alternate between two places of memory would keep the
+        // processor from seeing one stream (measured: a third of the bandwidth).
+        const uint8_t* head = w.strip(number);
+        alignas(64) uint8_t scales[AT_ONCE * 2 * ROWS];
+        int64_t known = 0;
+        if constexpr (FETCH)  // the step from strip to strip would leave a gap
+            for (int64_t line = 0; line < w.head; line += 64) __builtin_prefetch(head + FAR + line, 0, 2);
         Floats total[M];
         for (int m = 0; m < M; ++m) total[m] = I::zero();
-        for (int64_t t = 0; t < w.tiles; scale += 2 * ROWS) {
+        for (int64_t t = 0, group = 0; t < w.tiles; ++group) {
+            if (VALUE < FP16 && group == known) {
+                const int64_t count = std::min<int64_t>(AT_ONCE, w.groups - known);
+                std::memcpy(scales, head + known * 2 * ROWS, static_cast<size_t>(count) * 2 * ROWS);
+                known += count;
+            }
             const int64_t stop = std::min(t + w.group_tiles, w.tiles);
             Floats part[M];
             for (int m = 0; m < M; ++m) part[m] = I::zero();
             for (; t < stop; ++t, tile += SPAN) {
-                if constexpr (FETCH && VALUE != INT8) fetch<SPAN, VALUE == INT4>(tile);
+                if constexpr (FETCH) fetch<SPAN>(tile);
                 Kind<SPARSE, VALUE, M>::add(tile, x, m0, t, part);
             }
             if constexpr (VALUE >= FP16) {
                 for (int m = 0; m < M; ++m) total[m] = part[m];
                 break;  // floats have no scales: one group
             } else {
-                const Floats s = I::halves(scale);
+                const Floats s = I::halves(scales + group % AT_ONCE * 2 * ROWS);
                 for (int m = 0; m < M; ++m) total[m] = I::multiply_add(s, part[m], total[m]);
             }
         }
         for (int m = 0; m < M; ++m) finish(w, f, m0 + m, number, total[m]);
     }
 
-    // What hides memory best was measured, kind by kind, in percent of the read bandwidth. int4 takes long to unpack:
-    // fetched far ahead into the second-level cache and on from there 98, otherwise 85. 2:4 int8: a line with each
-    // plane 88 to 100, in one go 75 to 90. Dense int8: the processor's own prefetching 89 to 100, ours 75 to 95.
-    template <int64_t SPAN, bool TWICE>
+    // 2:4 int4 takes so long to unpack that it has to be fetched far ahead into the second-level cache, and on from
+    // there: 90 % of the read bandwidth instead of 72. Everything else the processor fetches better by itself.
+    template <int64_t SPAN>
     static void fetch(const uint8_t* tile) {
         for (int64_t line = 0; line < SPAN; line += 64) {
-            if constexpr (TWICE) __builtin_prefetch(tile + FAR + line, 0, 2);
-            __builtin_prefetch(tile + (TWICE ? NEAR : AHEAD) + line, 0, 3);
+            __builtin_prefetch(tile + FAR + line, 0, 2);
+            __builtin_prefetch(tile + NEAR + line, 0, 3);
         }
     }
 
@@ -212,7 +220,7 @@ struct Strips {
     static void rows_of(const Matrix& w, const Activations& x, int64_t& m0, int64_t m, int64_t number,
                         const uint8_t* tile, const Finish& f) {
         for (; m0 + M <= m; m0 += M) {
-            if (m0 == 0)
+            if (SPARSE && VALUE == INT4 && m0 == 0)
                 strip<Kind, SPARSE, VALUE, M, true>(w, x, m0, number, tile, f);
             else
                 strip<Kind, SPARSE, VALUE, M, false>(w, x, m0, number, tile, f);
@@ -231,8 +239,7 @@ struct Strips {
 
     template <template <int, int, int> class Kind, int SPARSE, int VALUE>
     static void all(const Matrix& w, const Activations& x, int64_t m, int64_t first, int64_t last, const Finish& f) {
-        const int64_t bytes = w.tiles * tile_bytes(SPARSE, VALUE);
-        for (int64_t s = first; s < last; ++s) rows<Kind, SPARSE, VALUE, FEW>(w, x, m, s, w.stream + s * bytes, f);
+        for (int64_t s = first; s < last; ++s) rows<Kind, SPARSE, VALUE, FEW>(w, x, m, s, w.strip(s) + w.head, f);
     }
 
     static void packed(const Matrix& w, const Activations& x, int64_t m, int64_t first, int64_t last, const Finish& f) {
@@ -279,9 +286,8 @@ struct Strips {
 
     static void spread(const Matrix& w, const Activations& x, int64_t m, int64_t first, int64_t last, const Finish& f,
                        uint8_t* memory) {
-        const int64_t bytes = w.tiles * tile_bytes(w.sparse, w.value);
         for (int64_t s = first; s < last; ++s) {
-            const uint8_t *from = w.stream + s * bytes, *dense = memory;
+            const uint8_t *from = w.strip(s) + w.head, *dense = memory;
             if (w.sparse && w.value == INT4)
                 Spread<1, INT4>::tiles(from, w.tiles, memory);
             else if (w.sparse)
@@ -338,7 +344,7 @@ struct Strips {
         Line sums[4] = {};
         for (size_t at = 0; at + sizeof sums <= bytes; at += sizeof sums)
             for (size_t i = 0; i < 4; ++i) {
-                __builtin_prefetch(memory + at + AHEAD + i * sizeof(Line), 0, 3);
+                __builtin_prefetch(memory + at + FAR / 2 + i * sizeof(Line), 0, 3);
                 Line line;
                 std::memcpy(&line, memory + at + i * sizeof(Line), sizeof line);
                 sums[i] += line;

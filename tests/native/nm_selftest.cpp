@@ -33,10 +33,10 @@ Sample sample(int64_t rows, int64_t columns, int sparse, int value, int64_t grou
     s.given.group = group;
     s.given.unit = 0.5f;
     const Matrix w = matrix(s.given);
-    const int64_t bytes = tile_bytes(sparse, value);
-    s.stream.resize(static_cast<size_t>(w.strips * w.tiles * bytes));
+    const int64_t span = tile_bytes(sparse, value);
+    s.stream.resize(static_cast<size_t>(w.strips * w.tiles * span));
     for (uint8_t& each : s.stream) each = static_cast<uint8_t>(below(256));
-    for (size_t tile = 0; tile < s.stream.size(); tile += static_cast<size_t>(bytes)) {
+    for (size_t tile = 0; tile < s.stream.size(); tile += static_cast<size_t>(span)) {
         if (sparse)
             for (size_t i = 0; i < 64; i += 2) {
                 int one = 0, two = 0;
@@ -69,7 +69,10 @@ std::vector<float> floats(int64_t count) {
 int failures = 0, compared = 0;
 
 void compare(const Sample& s, int64_t m, int level, int gate, bool more, const std::vector<const char*>& sets) {
-    const Matrix w = matrix(s.given);
+    Matrix w = matrix(s.given);
+    std::vector<uint8_t> memory(bytes(w));
+    load(s.given, w, memory.data());
+    w.memory = memory.data();
     const std::vector<float> x = floats(m * w.columns), norm = floats(w.columns), bias = floats(w.rows);
     const std::vector<float> residual = floats(m * w.rows);
     const size_t size = static_cast<size_t>(m * (gate ? w.rows / 2 : w.rows));
