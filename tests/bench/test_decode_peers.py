@@ -1,13 +1,14 @@
-"""Whole models at batch 1: ours against onnxruntime-genai int4 and llama.cpp Q4_0, prompt 128 and 128 new tokens.
+"""Whole models at batch 1: ours, onnxruntime-genai int4 and llama.cpp Q4_0; prompt 128, 128 new tokens.
 
     EDGESFT_BENCH_PEERS=/path/to/python python -m pytest tests/bench/test_decode_peers.py -s
 
 EDGESFT_BENCH_PEERS is the Python of an environment with onnxruntime-genai and llama-cpp-python (and torch,
-transformers and gguf, to build their models). Two models: SmolLM2-135M pruned to 2:4 by magnitude, and the shape
-of Llama-3.2-1B with random weights. Each peer has its own builder's defaults for int4. Every contestant is a
-process that lives through the run; they take turns, one at a time, in an order drawn anew every round, and the
-median over rounds of the ratio inside a round is held against the bar. `ours dense` is the same export without
-2:4: what is between it and `ours` is due to sparsity, the rest to reaching the roof.
+transformers and gguf, to build their models). Two models: SmolLM2-135M pruned to 2:4 by magnitude, and the
+shape of Llama-3.2-1B with random weights. Each peer has its own builder's defaults for int4. Every contestant
+is a process that lives through the run; they take turns, one at a time, in an order drawn anew every round,
+and the median over rounds of the ratio inside a round is held against the bar. `ours dense` is the same
+export of weights that are not 2:4: what is between it and `ours` is due to sparsity, the rest to reaching the
+roof.
 
 EDGESFT_BENCH_ROUNDS (9), EDGESFT_BENCH_MODELS (smollm2-135m,llama-3.2-1b), EDGESFT_BENCH_OUT (docs/results).
 """
@@ -102,6 +103,23 @@ def size(path):
     return sum(file.stat().st_size for file in files if file.suffix in (".data", ".onnx", ".gguf"))
 
 
+OPEN = """
+import json, sys, time
+from pathlib import Path
+
+import onnxruntime
+from edgesft.core.catalog import runtime
+from edgesft.kernels.nm_matmul import library
+
+library.load()
+code, folder = runtime("exporters.runtime"), Path(sys.argv[1])
+ours = code.operations(json.loads((folder / "export.json").read_text()))
+began = time.perf_counter()
+code.open_session(folder / "model.onnx", threads=1, operations=ours)
+print(time.perf_counter() - began)
+"""
+
+
 def load_ratio(folder):
     """Seconds to open a session over seconds to read its file, both with the file out of the page cache."""
     data = folder / "model.onnx.data"
@@ -111,13 +129,6 @@ def load_ratio(folder):
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-    code = (
-        "import sys, time; from pathlib import Path; from edgesft.core.catalog import runtime;"
-        "import onnxruntime; from edgesft.kernels.nm_matmul import library; library.load();"
-        "r = runtime('exporters.runtime'); f = Path(sys.argv[1]); d = __import__('json').loads((f / 'export.json')"
-        ".read_text()); t = time.perf_counter();"
-        "r.open_session(f / 'model.onnx', threads=1, operations=r.operations(d)); print(time.perf_counter() - t)"
-    )
     ratios, seconds = [], []
     for _ in range(5):
         cold()

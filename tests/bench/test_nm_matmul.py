@@ -3,9 +3,9 @@
     EDGESFT_BENCH_PEERS=/path/to/python python -m pytest tests/bench/test_nm_matmul.py -s
 
 Each shape in so many different copies that no cache holds them, all contestants by turns, one at a time, each
-in a process of its own that lives as long as the shape; medians over rounds of the ratio inside a round. The read
-bandwidth is measured in our process in the same rounds. Weights of all lie on huge pages. The peers' Python
-has llama-cpp-python, whose ggml is used; without it that row is left out and its bars are skipped.
+in a process of its own that lives as long as the shape; medians over rounds of the ratio inside a round. The
+read bandwidth is measured in our process in the same rounds. Weights of all lie on huge pages. The peers'
+Python has llama-cpp-python, whose ggml is used; without it that row is left out and its bars are skipped.
 
 EDGESFT_BENCH_ROUNDS (15), EDGESFT_BENCH_OUT (docs/results).
 """
@@ -80,6 +80,10 @@ def measured(rows, columns, threads, ggml, m=1, megabytes=MEGABYTES):
     if theirs:
         theirs.close()
     return seconds, bandwidth[1:]
+
+
+def _share(bytes_, took, bandwidth):
+    return round(statistics.median(bytes_ / t / b for t, b in zip(took, bandwidth, strict=True)), 3)
 
 
 def row(rows, columns, threads, seconds, bandwidth):
