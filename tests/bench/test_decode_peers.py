@@ -138,9 +138,8 @@ def load_ratio(folder):
                 pass
         read = time.perf_counter() - began
         cold()
-        done = subprocess.run(
-            [sys.executable, "-c", code, folder], capture_output=True, text=True, check=True
-        )
+        command = [sys.executable, "-c", OPEN, folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         seconds.append(float(done.stdout))
         ratios.append(seconds[-1] / read)
     return {"ratio": round(statistics.median(ratios), 2), "seconds": round(statistics.median(seconds), 3)}
