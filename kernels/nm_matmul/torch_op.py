@@ -4,6 +4,7 @@ The operation takes stream and scales as tensors, so a graph that holds it says 
 that the kernels read, on huge pages, is made at the first call with a stream and lives as long as it does.
 """
 
+from collections.abc import MutableMapping
 from typing import Final
 
 import numpy as np
@@ -18,7 +19,7 @@ from edgesft.kernels.nm_matmul.cpu import Weights
 from edgesft.kernels.nm_matmul.layout import Packed
 
 NAME: Final = "edgesft::packed_linear"
-_made: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()  # stream -> Weights
+_made: MutableMapping[Tensor, Weights] = WeakTensorKeyDictionary()  # by the stream
 
 
 @torch.library.custom_op(NAME, mutates_args=(), device_types="cpu")
