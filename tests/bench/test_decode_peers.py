@@ -187,6 +187,7 @@ def compared(model, folders, threads):
     return result
 
 
+@pytest.mark.timeout(0)  # half an hour
 def test_whole_models():
     table, sizes, loads, missed = [], {}, {}, []
     for model in MODELS:

@@ -111,6 +111,7 @@ def row(rows, columns, threads, seconds, bandwidth):
     return made
 
 
+@pytest.mark.timeout(0)
 def test_decode_and_prefill_of_one_layer(ggml):
     table, prefill = [], []
     for threads in (1, 2):

@@ -1,0 +1,253 @@
+"""Exports with packed layers compute what torch computes with the weights that they hold."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+from edgesft.core.errors import ArtifactError, DeviceError
+from edgesft.exporters import measure, packing
+from edgesft.exporters.dialects.graph import Precision
+from edgesft.exporters.dialects.packed import Layer
+from edgesft.exporters.onnx import export
+from edgesft.exporters.probe import Probe, weights
+from edgesft.exporters.readback import dequantized
+from edgesft.exporters.runtime import OnnxRunnable, generate
+from edgesft.kernels.nm_matmul import layout, library
+
+pytestmark = pytest.mark.skipif(library.load() is None, reason="no compiled kernels on this machine")
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+FAMILIES = {
+    "llama": lambda: LlamaConfig(**SIZES, intermediate_size=96, tie_word_embeddings=True),
+    "llama-biased": lambda: LlamaConfig(**SIZES, intermediate_size=96, attention_bias=True, mlp_bias=True),
+    "llama-odd": lambda: LlamaConfig(**{**SIZES, "hidden_size": 48, "head_dim": 16}, intermediate_size=72),
+    "qwen2": lambda: Qwen2Config(**SIZES, intermediate_size=80),
+    "qwen3": lambda: Qwen3Config(**SIZES, intermediate_size=96, head_dim=32, tie_word_embeddings=True),
+}
+
+
+def make_sparse(folder: Path, config: PretrainedConfig, dense: str = "none") -> Path:
+    """A random model that is 2:4 in its blocks, but for weights with `dense` in their names."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_((0.08 if parameter.dim() > 1 else 0.2) * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, w in tensors.items():
+        if "proj" in name and dense not in name and w.ndim == 2:
+            groups = w.reshape(w.shape[0], -1, 4)
+            groups.scatter_(-1, groups.abs().argsort(-1)[..., :2], 0.0)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def exported(root: Path, family: str = "llama", dense: str = "none", **options) -> tuple[Path, Path]:
+    precision = options.pop("precision", Precision("int4", 32, 0))
+    model, out = make_sparse(root / "model", FAMILIES[family](), dense), root / "out"
+    out.mkdir()
+    export(model, out, precision, sparse=options.pop("sparse", "always"))
+    return model, out
+
+
+def torch_logits(model: Path, ids: np.ndarray, out: Path) -> np.ndarray:
+    module = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.inference_mode():
+        state = module.state_dict()
+        for name, array in dequantized(out):
+            state[name].copy_(torch.from_numpy(np.ascontiguousarray(array)))
+        return module(torch.from_numpy(ids)).logits.numpy()
+
+
+def operators(out: Path) -> list[str]:
+    return [n.op_type for n in onnx.load(str(out / "model.onnx"), load_external_data=False).graph.node]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_logits_equal_torch_with_those_weights(tmp_path, family, quantize):
+    model, out = exported(tmp_path, family, precision=Precision(quantize, 32, 0))
+    ids = np.random.default_rng(0).integers(0, 96, (1, 14))
+    runnable = OnnxRunnable(out, threads=1)
+    expected = torch_logits(model, ids, out)[0]
+    got = runnable.logits(ids, np.ones_like(ids), np.arange(14))
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    state = runnable.start(20)  # and a token at a time
+    state.prefill(ids[0, :9])
+    for position in range(9, 14):
+        np.testing.assert_allclose(state.step(int(ids[0, position])), expected[position], atol=1e-4)
+
+
+def test_a_block_has_five_nodes(tmp_path):
+    _, out = exported(tmp_path)
+    found = operators(out)
+    assert found.count("PackedLinear") == 2 * 4 + 1
+    assert found.count("GroupQueryAttention") == 2
+    assert found.count("PackedEmbedding") == 1
+    assert not {"MatMulNBits", "SkipSimplifiedLayerNormalization", "QuickGelu", "Split"} & set(found)
+    rows = json.loads((out / "export.json").read_text())["packed"]
+    assert [r["kind"] for r in rows].count("packed") == 8
+    assert [r["kind"] for r in rows if r["layer"] == "head"] == ["tiled"]
+    bits = {r["layer"]: r["bits_per_weight"] for r in rows}
+    assert bits["layers.0.qkv"] == 3.5
+    assert bits["layers.0.down"] == 5.5  # 8 bits, as in every mixed export
+
+
+def test_every_weight_can_be_read_back_and_checked(tmp_path):
+    model, out = exported(tmp_path, "llama-odd")
+    original = load_file(model / "model.safetensors")
+    back = dict(dequantized(out))
+    assert back.keys() == original.keys()
+    for name, tensor in original.items():
+        w = tensor.numpy()
+        assert (back[name][w == 0] == 0).all()
+        bound = 0.12 if w.ndim == 2 else 0
+        assert np.linalg.norm(back[name] - w) <= bound * np.linalg.norm(w), name
+    for held in weights(out):
+        assert np.array_equal(held.array, back[held.name])
+        if held.scales is not None:
+            assert held.scales.shape == (len(held.array), -(-held.array.shape[1] // held.group))
+
+
+def test_a_layer_that_is_not_two_of_four_is_tiled(tmp_path):
+    model, out = exported(tmp_path, dense="layers.1.mlp.up_proj")
+    rows = json.loads((out / "export.json").read_text())["packed"]
+    kinds = {r["layer"]: (r["kind"], r["pattern"]) for r in rows}
+    assert kinds["layers.1.gate_up"] == ("tiled", "dense")
+    assert kinds["layers.0.gate_up"] == ("packed", "2:4")
+    ids = np.random.default_rng(0).integers(0, 96, (1, 9))
+    got = OnnxRunnable(out, threads=1).logits(ids, np.ones_like(ids), np.arange(9))
+    np.testing.assert_allclose(got, torch_logits(model, ids, out)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-odd", "qwen3"])
+def test_any_mixture_computes_the_same(tmp_path, family, monkeypatch):
+    """Packed, tiled and MatMulNBits by turns: norms, sums and the gate are fused or not, layer by layer."""
+    from edgesft.exporters import onnx as exporter
+    from edgesft.exporters.dialects.packed import KINDS, Choice
+
+    count = iter(range(1000))
+
+    def turns(layer):
+        kinds = KINDS if layer.sparse else KINDS[1:]
+        return Choice(kinds[next(count) % len(kinds)])
+
+    monkeypatch.setattr(exporter, "_always", turns)
+    model, out = exported(tmp_path, family)
+    assert {"PackedLinear", "MatMulNBits"} <= set(operators(out))
+    ids = np.random.default_rng(0).integers(0, 96, (1, 11))
+    got = OnnxRunnable(out, threads=1).logits(ids, np.ones_like(ids), np.arange(11))
+    np.testing.assert_allclose(got, torch_logits(model, ids, out)[0], atol=1e-4)
+
+
+def test_auto_measures_and_writes_down_what_it_saw(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "COLD_BYTES", 1 << 16)
+    _, out = exported(tmp_path, sparse="auto")
+    rows = json.loads((out / "export.json").read_text())["packed"]
+    for row in rows:
+        seconds = row["measured_us"]
+        assert seconds[row["kind"]] == min(seconds.values())
+        assert set(seconds) == (
+            {"packed", "tiled", "dense"} if row["pattern"] == "2:4" else {"tiled", "dense"}
+        )
+    assert len(rows) == 9
+
+
+def test_auto_leaves_a_dense_model_alone(tmp_path):
+    _, out = exported(tmp_path, dense="proj", sparse="auto")
+    assert "packed" not in json.loads((out / "export.json").read_text())
+    assert "PackedLinear" not in operators(out)
+
+
+def test_never_writes_the_runtime_s_own_operations(tmp_path):
+    _, out = exported(tmp_path, sparse="never")
+    assert "PackedLinear" not in operators(out)
+
+
+def test_auto_without_the_library_is_dense(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(library, "state", lambda: (False, "no C++ compiler"))
+    _, out = exported(tmp_path, sparse="auto")
+    assert "PackedLinear" not in operators(out)
+    assert "no C++ compiler" in capsys.readouterr().err
+
+
+def test_a_device_without_the_library_is_told(tmp_path, monkeypatch):
+    _, out = exported(tmp_path)
+    monkeypatch.setenv("EDGESFT_NATIVE", "0")
+    with pytest.raises(DeviceError, match="packed weights need the compiled kernels") as caught:
+        OnnxRunnable(out, threads=1)
+    assert "g++" in (caught.value.hint or "")
+
+
+def test_arithmetic_in_int8_stays_close(tmp_path):
+    _, out = exported(tmp_path, precision=Precision("int4", 32, 4))
+    ids = np.random.default_rng(0).integers(0, 96, (1, 14))
+    feeds = (ids, np.ones_like(ids), np.arange(14))
+    fast = OnnxRunnable(out, threads=1).logits(*feeds)
+    exact = Probe(out, threads=1)
+    np.testing.assert_allclose(fast, exact.logits(*feeds), atol=0.1)
+    assert np.abs(fast - exact.logits(*feeds)).max() > 0  # or the probe were no more exact
+    assert len(exact.hidden(ids[0])) == 2
+    assert len(generate(OnnxRunnable(out, threads=2), [1, 2, 3], 5).tokens) == 5
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("version", 2, "packed weights of format 2, this EdgeSFT reads 1"),
+        ("rows", 4096, "a stream of"),
+        ("value", "int3", "expected one of"),
+        ("group", None, "is broken"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(tmp_path, key, value, words):
+    _, out = exported(tmp_path)
+    about = json.loads((out / "export.json").read_text())
+    entry = about["weights"]["model.layers.0.self_attn.q_proj.weight"]["packed"]
+    entry[key] = value
+    (out / "export.json").write_text(json.dumps(about))
+    with pytest.raises(ArtifactError, match=words):
+        dict(dequantized(out))
+
+
+def test_rows_by_turns_come_apart_again():
+    rng = np.random.default_rng(0)
+    parts = [rng.standard_normal((48, 8)).astype(np.float32) for _ in range(2)]
+    joined = packing.join(parts, interleaved=True)
+    for turn, part in enumerate(parts):
+        about = {"rows": [0, 48], "turn": turn, "parts": 2}
+        assert np.array_equal(packing.rows_of(joined, about), part)
+
+
+def test_scales_that_come_with_the_weights_are_kept():
+    rng = np.random.default_rng(0)
+    scales = (rng.random((32, 2)) * 0.1 + 0.05).astype(np.float16)
+    codes = rng.integers(-8, 8, (32, 128)).astype(np.int8)
+    codes.reshape(32, -1, 4)[:, :, :2] = 0
+    weight = codes * np.repeat(scales.astype(np.float32), 64, 1)
+    packed = packing.pack([weight], 4, 32, sparse=True, interleaved=False, stored=[(4, 64, scales)])
+    assert packed.group == 64
+    assert np.array_equal(layout.scales_of(packed), scales)
+    assert np.array_equal(layout.dense(packed), weight)
+
+
+def test_a_measurement_tells_forms_apart():
+    layer = Layer("x", 256, 256, 4, 32, True)
+    seconds = measure.measure(layer, ("packed", "tiled", "dense"), 32, 1)
+    assert all(0 < s < 1 for s in seconds.values())
+    assert len(set(seconds.values())) == 3
