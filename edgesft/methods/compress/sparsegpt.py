@@ -5,8 +5,13 @@ With H = (2 / n) sum x x^T and U the upper Cholesky factor of its inverse, the w
 (W[i, j] / U[j, j])^2 to drop, and the rest of row i moves by -W[i, j] / U[j, j] * U[j, j:]. The mask of
 a group is chosen when the sweep reaches it, from the weights as they are by then.
 Costs a matrix (in, in) a layer, O(in^3) to factor it and O(out * in^2) for the sweep.
+
+With `quantize` what is kept is rounded in the same sweep (section 3.5 of the paper): the columns to come make
+up for the rounding too. The scale of a group is found when the sweep enters it, by a search that weighs an
+error as the sweep does.
 """
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -14,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from edgesft.core import nm
+from edgesft.core.catalog import runtime
 from edgesft.core.errors import ArtifactError
 from edgesft.core.method import Method, method
 from edgesft.core.params import Density
@@ -30,6 +36,8 @@ class SparseGPT(Method):
     block: columns between two updates of everything to their right. It changes the speed only, except
     without a pattern, where it is also the set of columns within which scores are compared.
     precision: of H, its factor and the sweep.
+    quantize: round what is kept to codes of one scale a row and `group` columns. `export` at the same
+    precision and group finds these codes again; a checkpoint in bfloat16 holds them to its own precision.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
@@ -41,6 +49,10 @@ class SparseGPT(Method):
     precision: Annotated[
         Literal["float32", "float64"], Field(description="of H, its factor and the sweep")
     ] = "float32"
+    quantize: Annotated[
+        Literal["none", "int8", "int4"], Field(description="round the kept weights in the same sweep")
+    ] = "none"
+    group: Annotated[Literal[32, 64, 128, 256], Field(description="columns that share a scale")] = 32
 
     def compress(self, name: str, weight: Tensor, signals: Signals) -> Tensor:  # (out, in) -> (out, in)
         hessian = signals.hessian(name).to(getattr(torch, self.precision), copy=True)
@@ -54,6 +66,8 @@ class SparseGPT(Method):
         group = shape[1] if shape else 1
         if W.shape[1] % group:
             raise ValueError(f"{W.shape[1]} inputs cannot be divided into groups of {group}")
+        if self.quantize != "none":
+            group = math.lcm(group, self.group)
         width = -(-self.block // group) * group  # no group may straddle two blocks
         for begin in range(0, W.shape[1], width):
             end = min(begin + width, W.shape[1])
@@ -72,15 +86,52 @@ class SparseGPT(Method):
             drop = ~nm.keep_matrix(_scores(part, diagonal, dead), self.density)
         else:
             drop = torch.zeros_like(part, dtype=torch.bool)
+        rounding = None if self.quantize == "none" else _Rounding(self.quantize, self.group)
         for i in range(len(part)):
+            if rounding is not None and i % self.group == 0:
+                inside = slice(i, i + self.group)
+                gone = (
+                    drop[inside]
+                    if shape is None
+                    else _ahead(part[inside], diagonal[inside], dead[inside], shape)
+                )
+                rounding.enter(part[inside].masked_fill(gone, 0.0), diagonal[inside])
             if shape is not None and i % shape[1] == 0:
                 j = i + shape[1]
                 scores = _scores(part[i:j], diagonal[i:j], dead[i:j])
                 drop[i:j] = ~nm.keep_groups(scores.T, *shape).T
-            errors[i] = (part[i] * drop[i]) / diagonal[i]
-            part[i].masked_fill_(drop[i], 0.0)
+            kept = part[i] if rounding is None else rounding(part[i])
+            kept = kept.masked_fill(drop[i], 0.0)
+            errors[i] = (part[i] - kept) / diagonal[i]
+            part[i] = kept
             part[i + 1 :].addr_(U[i, i + 1 :], errors[i], alpha=-1)
         return errors
+
+
+class _Rounding:
+    """To whole codes of a scale for each output, found anew for every group of columns."""
+
+    def __init__(self, quantize: str, group: int) -> None:
+        self._bits, self._group = {"int4": 4, "int8": 8}[quantize], group
+        self._least, self._most = {"int4": (-8, 7), "int8": (-127, 127)}[quantize]
+
+    def enter(self, part: Tensor, diagonal: Tensor) -> None:  # (width, out), (width,)
+        """Find the scales for the weights that a group is likely to keep."""
+        search = runtime("kernels.nm_matmul.scales").search_scales
+        importance = diagonal.float().pow(-2)
+        found = search(
+            part.T.float().contiguous().numpy(), self._bits, 0, (importance / importance.max()).numpy()
+        )
+        self._scale = torch.from_numpy(found[:, 0]).to(part.dtype)  # (out,)
+
+    def __call__(self, column: Tensor) -> Tensor:  # (out,) -> (out,)
+        codes = (column / self._scale).nan_to_num(0.0, 0.0, 0.0).round().clamp(self._least, self._most)
+        return codes * self._scale
+
+
+def _ahead(part: Tensor, diagonal: Tensor, dead: Tensor, shape: tuple[int, int]) -> Tensor:
+    """What the groups of `part` (width, out) would drop if nothing moved any more."""
+    return ~nm.keep_groups(_scores(part, diagonal, dead).T, *shape).T
 
 
 def _scores(part: Tensor, diagonal: Tensor, dead: Tensor) -> Tensor:  # (k, out), (k,), (k,) -> (k, out)

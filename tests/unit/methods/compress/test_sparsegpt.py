@@ -3,11 +3,13 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from edgesft.core import nm
+from edgesft.core.catalog import runtime
 from edgesft.core.errors import ArtifactError
 from edgesft.core.signals import Statistics
 from edgesft.methods.compress.magnitude import Magnitude
@@ -142,3 +144,46 @@ def test_unstructured_compares_within_a_block_of_columns(weight: Tensor) -> None
     new = SparseGPT(pattern=None, density=0.25, block=16).compress("w", weight, of(correlated(64, 512)))
     for begin in range(0, 64, 16):
         assert int((new[:, begin : begin + 16] != 0).sum()) == nm.kept(40 * 16, 0.25)
+
+
+def test_what_is_kept_is_codes_of_one_scale_in_each_group() -> None:
+    weight = torch.randn(24, 96, generator=torch.Generator().manual_seed(2))
+    made = SparseGPT(quantize="int4", group=32).compress("w", weight, of(correlated(96, 512)))
+    assert int(made.reshape(24, -1, 4).ne(0).sum(-1).max()) <= 2
+    for group in made.reshape(-1, 32):
+        kept = group[group != 0]
+        steps = [kept / (kept.abs().min() / n) for n in range(1, 9)]  # its smallest is 1 to 8 steps
+        fits = [s for s in steps if (s - s.round()).abs().max() < 1e-3]
+        assert any(s.max() - s.min() <= 15 for s in fits)
+
+
+@pytest.mark.parametrize(("quantize", "bits"), [("int4", 4), ("int8", 8)])
+def test_rounding_in_the_sweep_beats_rounding_after_it(quantize: Any, bits: int) -> None:
+    scales = runtime("kernels.nm_matmul.scales")
+    inputs = correlated(128, 1024)
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(2))
+    pruned = SparseGPT().compress("w", weight, of(inputs))
+    found = scales.search_scales(pruned.numpy(), bits, 32)
+    after = torch.from_numpy(scales.values(scales.codes(pruned.numpy(), found, bits, 32), found, 32))
+    together = SparseGPT(quantize=quantize, group=32).compress("w", weight, of(inputs))
+    # what pruning costs is in both
+    lost = [error(inputs, weight, new) - error(inputs, weight, pruned) for new in (together, after)]
+    assert lost[0] < 0.7 * lost[1] if bits == 4 else lost[0] < 0.01
+
+
+def test_an_export_finds_the_codes_again() -> None:
+    scales = runtime("kernels.nm_matmul.scales")
+    weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(2))
+    made = SparseGPT(quantize="int4", group=32).compress("w", weight, of(correlated(256, 1024))).numpy()
+    found = scales.search_scales(made, 4, 32)
+    back = scales.values(scales.codes(made, found, 4, 32), found, 32)
+    exact = np.isclose(back, made, rtol=2e-3, atol=0).reshape(-1, 32).all(1)
+    assert exact.mean() > 0.99
+
+
+@pytest.mark.parametrize("block", [3, 64, 128])
+def test_the_width_of_a_block_changes_no_code_either(weight: Tensor, block: int) -> None:
+    signals = of(correlated(64, 512))
+    made = SparseGPT(block=block, quantize="int4", precision="float64").compress("w", weight, signals)
+    other = SparseGPT(block=256, quantize="int4", precision="float64").compress("w", weight, signals)
+    torch.testing.assert_close(made, other, atol=1e-5, rtol=0)
