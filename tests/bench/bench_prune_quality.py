@@ -12,6 +12,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,17 @@ METHODS = ("magnitude", "wanda", "sparsegpt")
 
 def perplexity(path: Path, windows: torch.Tensor) -> float:  # windows: (count, length) int64
     """exp of the mean next-token loss over all windows."""
-    model = models.load(path)
+    return perplexity_of(models.load(path), windows)
+
+
+def windows_of(inputs: Mapping[str, Artifact], count: int, length: int) -> torch.Tensor:
+    """(count, length) held-out tokens of the data in `inputs`, by the tokenizer of its model."""
+    opened = data.open_data(inputs["data"], data.DataOptions(), models.tokenizer(inputs["model"].path))
+    return torch.as_tensor(opened.windows(split="test", length=length, count=count, seed=0))
+
+
+def perplexity_of(model: Any, windows: torch.Tensor) -> float:
+    """`perplexity` of a model in memory."""
     head, backbone = models.head(model), models.backbone(model)
     total, count = 0.0, 0
     with torch.no_grad():
@@ -47,10 +58,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": models.resolve(arguments.model),
         "data": data.resolve(arguments.data, options),
     }
-    opened = data.open_data(inputs["data"], options, models.tokenizer(inputs["model"].path))
-    windows = torch.as_tensor(
-        opened.windows(split="test", length=arguments.length, count=arguments.windows, seed=0)
-    )
+    windows = windows_of(inputs, arguments.windows, arguments.length)
     rows = [{"method": "dense", "perplexity": perplexity(inputs["model"].path, windows)}]
     for method in arguments.methods:
         stage = Sparsify.from_recipe(

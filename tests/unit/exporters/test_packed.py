@@ -251,3 +251,17 @@ def test_a_measurement_tells_forms_apart():
     seconds = measure.measure(layer, ("packed", "tiled", "dense"), 32, 1)
     assert all(0 < s < 1 for s in seconds.values())
     assert len(set(seconds.values())) == 3
+
+
+def test_inspect_says_what_became_of_the_layers(tmp_path, monkeypatch):
+    from edgesft.stages import inspection
+
+    monkeypatch.setattr(measure, "COLD_BYTES", 1 << 16)
+    _, out = exported(tmp_path, sparse="auto")
+    found = inspection._packed(out)
+    assert set(found) >= {"head", "layers.*.qkv", "layers.*.down"}
+    for line in found.values():
+        assert "bits a weight" in line
+        assert " us" in line
+    (tmp_path / "empty").mkdir()
+    assert inspection._packed(tmp_path / "empty") == {}
