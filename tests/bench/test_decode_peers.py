@@ -4,10 +4,10 @@
 
 EDGESFT_BENCH_PEERS is the Python of an environment with onnxruntime-genai and llama-cpp-python (and torch,
 transformers and gguf, to build their models). Two models: SmolLM2-135M pruned to 2:4 by magnitude, and the
-shape of Llama-3.2-1B with random weights. Each peer has its own builder's defaults for int4. Every contestant
-(ours: pure int4 but for embedding and head, `mixed=false`, as theirs is)
-is a process that lives through the run; they take turns, one at a time, in an order drawn anew every round,
-and the median over rounds of the ratio inside a round is held against the bar. `ours dense` is the same
+shape of Llama-3.2-1B with random weights. Each peer has its own builder's defaults for int4; ours are pure int4
+but for the embedding and the head (`mixed=false`), as theirs are. Every contestant is a process that lives
+through the run; they take turns, one at a time, in an order drawn anew every round, and the median over rounds
+of the ratio inside a round is held against the bar. `ours dense` is the same
 export of weights that are not 2:4: what is between it and `ours` is due to sparsity, the rest to reaching the
 roof.
 

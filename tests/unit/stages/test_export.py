@@ -31,6 +31,7 @@ def test_the_folder_runs_and_says_what_it_is(tiny_model: Path, tmp_path: Path) -
         "quantize": "int8",
         "group": 32,
         "accuracy_level": 4,
+        "sparse": "auto",
         "mixed": True,
         "tunable": False,
     }
