@@ -173,7 +173,7 @@ struct Job {
     const Call* call;
     Activations x;
     Finish finish;
-    int64_t parts, unit;  // strips that stay together: 2 with a gate
+    int64_t parts;
     // where the rows of x go
     int8_t* codes;
     float* scales;
@@ -204,8 +204,9 @@ void prepare(void* what, size_t row) {
 void part(void* what, size_t number) {
     const Job& job = *static_cast<const Job*>(what);
     const Matrix& w = *job.w;
-    const int64_t units = w.strips / job.unit, n = static_cast<int64_t>(number);
-    const int64_t from = units * n / job.parts * job.unit, to = units * (n + 1) / job.parts * job.unit;
+    const int64_t blocks = (w.strips + w.block - 1) / w.block, n = static_cast<int64_t>(number);
+    const int64_t from = blocks * n / job.parts * w.block;
+    const int64_t to = std::min(blocks * (n + 1) / job.parts * w.block, w.strips);
     if (job.codes == nullptr || w.value >= FP16 || job.call->m < MANY)
         return job.isa->packed(w, job.x, job.call->m, from, to, job.finish);
     static thread_local Arena arena;
@@ -256,6 +257,18 @@ const char* problem(const Given& g) {
     return nullptr;
 }
 
+// Panels of one width, of whole groups or parts of one.
+static int64_t panel_tiles(const Matrix& w) {
+    if (w.tiles <= WIDE) return w.tiles;
+    if (w.group_tiles >= w.tiles || w.value >= FP16) {
+        const int64_t panels = (w.tiles + WIDE - 1) / WIDE;
+        return (w.tiles + panels - 1) / panels;
+    }
+    if (w.group_tiles > WIDE) return w.group_tiles % WIDE ? w.group_tiles : WIDE;
+    const int64_t most = WIDE / w.group_tiles, panels = (w.groups + most - 1) / most;
+    return (w.groups + panels - 1) / panels * w.group_tiles;
+}
+
 Matrix matrix(const Given& g) {
     Matrix w{};
     w.rows = g.rows;
@@ -264,22 +277,34 @@ Matrix matrix(const Given& g) {
     w.strips = (g.rows + ROWS - 1) / ROWS;
     w.group_tiles = g.group ? g.group / COLUMNS : w.tiles;
     w.groups = (w.tiles + w.group_tiles - 1) / w.group_tiles;
-    w.head = g.value >= FP16 ? 0 : (w.groups * ROWS * 2 + 63) / 64 * 64;
-    w.stride = w.head + w.tiles * tile_bytes(g.sparse, g.value);
     w.sparse = g.sparse;
     w.value = g.value;
     w.unit = g.unit;
+    w.panel_tiles = panel_tiles(w);
+    w.panels = (w.tiles + w.panel_tiles - 1) / w.panel_tiles;
+    // blocks are what threads are given, so narrow matrices are cut into small ones
+    w.block = w.strips >= 8 * BLOCK ? BLOCK : w.strips >= 2 * BLOCK ? BLOCK / 2 : 2;
+    w.piece = w.head_of(0) + w.tiles_of(0) * tile_bytes(w.sparse, w.value);
+    w.last = w.head_of(w.panels - 1) + w.tiles_of(w.panels - 1) * tile_bytes(w.sparse, w.value);
+    w.whole = (w.panels - 1) * w.piece + w.last;
     return w;
 }
 
 void load(const Given& g, const Matrix& w, uint8_t* memory) {
-    const int64_t scales = g.value >= FP16 ? 0 : w.groups * ROWS, tiles = w.stride - w.head;
-    for (int64_t s = 0; s < w.strips; ++s) {
-        uint8_t* to = memory + s * w.stride;
-        if (scales) std::memcpy(to, g.scales + s * scales, static_cast<size_t>(scales) * 2);
-        std::memset(to + scales * 2, 0, static_cast<size_t>(w.head - scales * 2));
-        std::memcpy(to + w.head, g.stream + s * tiles, static_cast<size_t>(tiles));
-    }
+    Matrix made = w;
+    made.memory = memory;
+    const int64_t bytes = tile_bytes(g.sparse, g.value);
+    for (int64_t s = 0; s < w.strips; ++s)
+        for (int64_t p = 0; p < w.panels; ++p) {
+            uint8_t* to = memory + (made.at(s, p) - made.memory);
+            const int64_t first = p * w.panel_tiles, head = w.head_of(p), scales = w.groups_of(p) * ROWS * 2;
+            if (head) {
+                std::memcpy(to, g.scales + (s * w.groups + first / w.group_tiles) * ROWS, static_cast<size_t>(scales));
+                std::memset(to + scales, 0, static_cast<size_t>(head - scales));
+            }
+            const uint8_t* from = g.stream + (s * w.tiles + first) * bytes;
+            std::memcpy(to + head, from, static_cast<size_t>(w.tiles_of(p) * bytes));
+        }
 }
 
 bool linear(const Matrix& w, const Call& call, Parallel parallel, const void* host) {
@@ -302,9 +327,8 @@ bool linear(const Matrix& w, const Call& call, Parallel parallel, const void* ho
     // few rows are prepared faster than threads are woken
     if (!run(call.m > FEW ? parallel : nullptr, host, prepare, static_cast<size_t>(call.m), &job)) return false;
 
-    job.unit = call.gate ? 2 : 1;
-    const int64_t bytes = w.strips * w.tiles * tile_bytes(w.sparse, w.value) * std::max<int64_t>(1, call.m / FEW);
-    job.parts = std::clamp(bytes / PART_BYTES, int64_t{1}, std::min(PARTS, w.strips / job.unit));
+    const int64_t bytes = w.strips * w.whole * std::max<int64_t>(1, call.m / FEW);
+    job.parts = std::clamp(bytes / PART_BYTES, int64_t{1}, std::min(PARTS, (w.strips + w.block - 1) / w.block));
     return run(parallel, host, part, static_cast<size_t>(job.parts), &job);
 }
 
@@ -312,7 +336,9 @@ void read_row(const Matrix& w, int64_t row, float* y) {
     const int64_t strip = row / ROWS, bytes = tile_bytes(w.sparse, w.value);
     const int i = static_cast<int>(row % ROWS);
     for (int64_t t = 0; t < w.tiles; ++t) {
-        const uint8_t* tile = w.strip(strip) + w.head + t * bytes;
+        const int64_t panel = t / w.panel_tiles, inside = t % w.panel_tiles;
+        const uint8_t* piece = w.at(strip, panel);
+        const uint8_t* tile = piece + w.head_of(panel) + inside * bytes;
         float values[COLUMNS] = {};
         for (int p = 0; p < (w.sparse ? 4 : 8); ++p)
             for (int s = 0; s < 4; ++s) {
@@ -320,7 +346,7 @@ void read_row(const Matrix& w, int64_t row, float* y) {
                 values[column] = slot(tile + (w.sparse ? 64 : 0), w.value, i, p, s);
             }
         uint16_t bits = 0x3C00;  // 1
-        if (w.value < FP16) std::memcpy(&bits, w.strip(strip) + 2 * (t / w.group_tiles * ROWS + i), 2);
+        if (w.value < FP16) std::memcpy(&bits, piece + 2 * (inside / w.group_tiles * ROWS + i), 2);
         const float scale = half(bits);
         const int count = static_cast<int>(std::min<int64_t>(COLUMNS, w.columns - t * COLUMNS));
         for (int k = 0; k < count; ++k) y[t * COLUMNS + k] = values[k] * scale * w.unit;
@@ -328,7 +354,7 @@ void read_row(const Matrix& w, int64_t row, float* y) {
 }
 
 void* buffer(size_t bytes) {
-    // end to end in the order of use: what is fetched ahead of the end of one is the beginning of the next
+    // end to end in the order of use, so that one matrix goes on where another ends
     const size_t size = (bytes + LINE - 1) / LINE * LINE;
     Slabs& s = slabs();
     const std::lock_guard<std::mutex> lock(s.mutex);

@@ -24,7 +24,7 @@ const char* problem(const Given& given);
 
 // The matrix of a given one without a problem, whose `memory` is to be filled: `bytes` of it by `load`.
 Matrix matrix(const Given& given);
-inline size_t bytes(const Matrix& w) { return static_cast<size_t>(w.strips * w.stride); }
+inline size_t bytes(const Matrix& w) { return static_cast<size_t>(w.strips * w.whole); }
 void load(const Given& given, const Matrix& w, uint8_t* memory);
 
 // level: 4 computes with x in int8, blocks of 32 with a scale each; 0 with x as it is.

@@ -10,8 +10,11 @@
 //   fp16 and bf16 (2:4 only): 16 vectors of 16 rows, vector 4p+s.
 // Scales are fp16 (strip, group, 16); a weight is code * scale * unit.
 //
-// In a file stream and scales are apart. In memory the scales of a strip, filled up to 64 bytes, lie before its
-// tiles: a second stream of its own would be fetched from memory too late.
+// In a file stream and scales are apart. In memory all lies in the order of use, without a gap: processors fetch one
+// stream ahead and lose it at every jump (measured: half the bandwidth). A row of x has to stay in the first-level cache
+// meanwhile, so wide strips are cut into panels of at most WIDE tiles, and a few strips make a block:
+//   block 0: panel 0 of its strips, panel 1 of its strips, ...; block 1: ...
+// The piece of a strip in a panel is its scales there, filled up to 64 bytes, and its tiles.
 #pragma once
 
 #include <cstddef>
@@ -19,24 +22,35 @@
 
 namespace edgesft::nm {
 
-constexpr int ABI = 1;  // of the functions that linear.cpp exports
+constexpr int ABI = 2;  // of the functions that linear.cpp exports
 constexpr int ROWS = 16, COLUMNS = 32;
-constexpr int FAR = 16384, NEAR = 1024;  // bytes of a stream fetched before they are due, see `fetch`
-constexpr int FEW = 4;       // rows of x that meet a tile at a time in decode
+constexpr int FEW = 4;    // rows of x that meet a tile at a time in decode
+constexpr int WIDE = 32;  // tiles of a panel at most: 1 KiB of a row of x in int8
+constexpr int BLOCK = 8;  // strips of a block at most
 
 enum Value : int { INT4 = 0, INT8 = 1, FP16 = 2, BF16 = 3 };
 
 struct Matrix {
-    const uint8_t* memory;        // strips, each its scales and then its tiles
-    int64_t head, stride;         // bytes of a strip's scales, and of all of it
+    const uint8_t* memory;
     int64_t rows, columns;
     int64_t tiles, strips;        // tiles of a strip
     int64_t group_tiles, groups;  // tiles that share scales; such groups in a strip
+    int64_t panel_tiles, panels;  // tiles of all panels but the last, which may have fewer
+    int64_t block;                // strips of all blocks but the last, which may have fewer
+    int64_t piece, last, whole;   // bytes of a strip in a panel, in the last panel, in all of them
     int sparse;                   // 1: 2:4
     int value;                    // Value
     float unit;
 
-    const uint8_t* strip(int64_t number) const { return memory + number * stride; }
+    int64_t tiles_of(int64_t panel) const { return panel + 1 < panels ? panel_tiles : tiles - panel * panel_tiles; }
+    int64_t groups_of(int64_t panel) const { return (tiles_of(panel) + group_tiles - 1) / group_tiles; }
+    int64_t head_of(int64_t panel) const { return value >= FP16 ? 0 : (groups_of(panel) * ROWS * 2 + 63) / 64 * 64; }
+    int64_t size_of(int64_t panel) const { return panel + 1 < panels ? piece : last; }
+    // Where the piece of a strip begins.
+    const uint8_t* at(int64_t strip, int64_t panel) const {
+        const int64_t first = strip / block * block, together = block < strips - first ? block : strips - first;
+        return memory + first * whole + panel * piece * together + (strip - first) * size_of(panel);
+    }
 };
 
 // Rows of x as the kernels read them, columns filled up with zeros. Either codes, in blocks of 32 with a scale and

@@ -138,8 +138,6 @@ struct Strips {
 
     // ------------------------------------------------------------ strips
 
-    static constexpr int AT_ONCE = 64;  // groups
-
     // Results of rows 16 strip .. of the matrix for one row m of x.
     static void finish(const Matrix& w, const Finish& f, int64_t m, int64_t strip, Floats sums) {
         alignas(64) float y[ROWS];
@@ -168,79 +166,88 @@ struct Strips {
         std::memcpy(f.y + at, y, static_cast<size_t>(count) * sizeof(float));
     }
 
-    // M rows of x from m0 on times the strip whose tiles begin at `tile`. FETCH: ahead of its use.
-    template <template <int, int, int> class Kind, int SPARSE, int VALUE, int M, bool FETCH>
-    static void strip(const Matrix& w, const Activations& x, int64_t m0, int64_t number, const uint8_t* tile,
-                      const Finish& f) {
+    // Adds the products of `tiles` tiles, which begin at tile t0 of a row, with M rows of x from m0 on to `total`.
+    // GROUP: tiles that share scales, where it is known beforehand; else 0, and `group_tiles` says it.
+    template <template <int, int, int> class Kind, int SPARSE, int VALUE, int M, int GROUP>
+    static void groups(const uint8_t* tile, const uint8_t* scales, int64_t tiles, int64_t group_tiles,
+                       const Activations& x, int64_t m0, int64_t t0, Floats* total) {
         constexpr int64_t SPAN = VALUE >= FP16 ? 576 : (SPARSE ? 64 : 0) + (SPARSE ? 4 : 8) * (VALUE == INT4 ? 32 : 64);
-        // Scales are taken over a few at a time: loads that alternate between two places of memory would keep the
-        // processor from seeing one stream (measured: a third of the bandwidth).
-        const uint8_t* head = w.strip(number);
-        alignas(64) uint8_t scales[AT_ONCE * 2 * ROWS];
-        int64_t known = 0;
-        if constexpr (FETCH)  // the step from strip to strip would leave a gap
-            for (int64_t line = 0; line < w.head; line += 64) __builtin_prefetch(head + FAR + line, 0, 2);
-        Floats total[M];
-        for (int m = 0; m < M; ++m) total[m] = I::zero();
-        for (int64_t t = 0, group = 0; t < w.tiles; ++group) {
-            if (VALUE < FP16 && group == known) {
-                const int64_t count = std::min<int64_t>(AT_ONCE, w.groups - known);
-                std::memcpy(scales, head + known * 2 * ROWS, static_cast<size_t>(count) * 2 * ROWS);
-                known += count;
-            }
-            const int64_t stop = std::min(t + w.group_tiles, w.tiles);
+        if constexpr (VALUE >= FP16) {  // no scales
+            for (int64_t t = 0; t < tiles; ++t, tile += SPAN) Kind<SPARSE, VALUE, M>::add(tile, x, m0, t0 + t, total);
+            return;
+        }
+        const int64_t step = GROUP ? GROUP : group_tiles;
+        int64_t t = 0;
+        const auto group = [&](int64_t count) {
             Floats part[M];
             for (int m = 0; m < M; ++m) part[m] = I::zero();
-            for (; t < stop; ++t, tile += SPAN) {
-                if constexpr (FETCH) fetch<SPAN>(tile);
-                Kind<SPARSE, VALUE, M>::add(tile, x, m0, t, part);
-            }
-            if constexpr (VALUE >= FP16) {
-                for (int m = 0; m < M; ++m) total[m] = part[m];
-                break;  // floats have no scales: one group
-            } else {
-                const Floats s = I::halves(scales + group % AT_ONCE * 2 * ROWS);
-                for (int m = 0; m < M; ++m) total[m] = I::multiply_add(s, part[m], total[m]);
-            }
-        }
-        for (int m = 0; m < M; ++m) finish(w, f, m0 + m, number, total[m]);
+            for (int64_t i = 0; i < count; ++i, ++t, tile += SPAN)
+                Kind<SPARSE, VALUE, M>::add(tile, x, m0, t0 + t, part);
+            const Floats s = I::halves(scales);
+            for (int m = 0; m < M; ++m) total[m] = I::multiply_add(s, part[m], total[m]);
+            scales += 2 * ROWS;
+        };
+        while (t + step <= tiles) group(step);
+        if (t < tiles) group(tiles - t);
     }
 
-    // int4 takes so long to unpack that it has to be fetched far ahead into the second-level cache, and on from there:
-    // 2:4 reaches 90 % of the read bandwidth instead of 72, dense gains a fifth where matrices are large. All else
-    // the processor fetches better by itself.
-    template <int64_t SPAN>
-    static void fetch(const uint8_t* tile) {
-        for (int64_t line = 0; line < SPAN; line += 64) {
-            __builtin_prefetch(tile + FAR + line, 0, 2);
-            __builtin_prefetch(tile + NEAR + line, 0, 3);
-        }
-    }
-
+    // The same, `M` and `GROUP` chosen: rows [0, count) of `total`.
     template <template <int, int, int> class Kind, int SPARSE, int VALUE, int M>
-    static void rows_of(const Matrix& w, const Activations& x, int64_t& m0, int64_t m, int64_t number,
-                        const uint8_t* tile, const Finish& f) {
-        for (; m0 + M <= m; m0 += M) {
-            if (VALUE == INT4 && m0 == 0)
-                strip<Kind, SPARSE, VALUE, M, true>(w, x, m0, number, tile, f);
-            else
-                strip<Kind, SPARSE, VALUE, M, false>(w, x, m0, number, tile, f);
+    static void some(const uint8_t* tile, const uint8_t* scales, int64_t tiles, int64_t group_tiles,
+                     const Activations& x, int64_t m0, int64_t t0, Floats* total) {
+        if constexpr (M == 1 && VALUE == INT4) {
+            if (group_tiles == 1)
+                return groups<Kind, SPARSE, VALUE, M, 1>(tile, scales, tiles, 1, x, m0, t0, total);
+            if (group_tiles == 2)
+                return groups<Kind, SPARSE, VALUE, M, 2>(tile, scales, tiles, 2, x, m0, t0, total);
         }
+        groups<Kind, SPARSE, VALUE, M, 0>(tile, scales, tiles, group_tiles, x, m0, t0, total);
     }
 
+    // Rows m0.. of x, as many as `total` holds numbers for: count.
     template <template <int, int, int> class Kind, int SPARSE, int VALUE, int MOST>
-    static void rows(const Matrix& w, const Activations& x, int64_t m, int64_t number, const uint8_t* tile,
-                     const Finish& f) {
-        int64_t m0 = 0;
-        if constexpr (MOST >= 8) rows_of<Kind, SPARSE, VALUE, 8>(w, x, m0, m, number, tile, f);
-        if constexpr (MOST >= 4) rows_of<Kind, SPARSE, VALUE, 4>(w, x, m0, m, number, tile, f);
-        if constexpr (MOST >= 2) rows_of<Kind, SPARSE, VALUE, 2>(w, x, m0, m, number, tile, f);
-        rows_of<Kind, SPARSE, VALUE, 1>(w, x, m0, m, number, tile, f);
+    static void rows(const uint8_t* tile, const uint8_t* scales, int64_t tiles, int64_t group_tiles,
+                     const Activations& x, int64_t m0, int64_t count, int64_t t0, Floats* total) {
+        int64_t m = 0;
+        if constexpr (MOST >= 8)
+            for (; m + 8 <= count; m += 8)
+                some<Kind, SPARSE, VALUE, 8>(tile, scales, tiles, group_tiles, x, m0 + m, t0, total + m);
+        if constexpr (MOST >= 4)
+            for (; m + 4 <= count; m += 4)
+                some<Kind, SPARSE, VALUE, 4>(tile, scales, tiles, group_tiles, x, m0 + m, t0, total + m);
+        if constexpr (MOST >= 2)
+            for (; m + 2 <= count; m += 2)
+                some<Kind, SPARSE, VALUE, 2>(tile, scales, tiles, group_tiles, x, m0 + m, t0, total + m);
+        for (; m < count; ++m) some<Kind, SPARSE, VALUE, 1>(tile, scales, tiles, group_tiles, x, m0 + m, t0, total + m);
     }
 
+    static constexpr int TOGETHER = 16;  // rows of x that a block of strips is gone through with
+
+    // Scales are taken over before their tiles: loads that alternate between two places of memory would keep the
+    // processor from seeing one stream (measured: a third of the bandwidth).
     template <template <int, int, int> class Kind, int SPARSE, int VALUE>
     static void all(const Matrix& w, const Activations& x, int64_t m, int64_t first, int64_t last, const Finish& f) {
-        for (int64_t s = first; s < last; ++s) rows<Kind, SPARSE, VALUE, FEW>(w, x, m, s, w.strip(s) + w.head, f);
+        alignas(64) uint8_t scales[WIDE * 2 * ROWS];
+        Floats total[BLOCK * TOGETHER];
+        for (int64_t from = first; from < last;) {
+            const int64_t to = std::min(from / w.block * w.block + w.block, last);
+            for (int64_t m0 = 0; m0 < m; m0 += TOGETHER) {
+                const int64_t count = std::min<int64_t>(TOGETHER, m - m0);
+                for (int64_t i = 0; i < (to - from) * count; ++i) total[i] = I::zero();
+                for (int64_t p = 0; p < w.panels; ++p) {
+                    const int64_t tiles = w.tiles_of(p), head = w.head_of(p);
+                    const uint8_t* piece = w.at(from, p);
+                    for (int64_t s = from; s < to; ++s, piece += w.size_of(p)) {
+                        std::memcpy(scales, piece, static_cast<size_t>(head));
+                        rows<Kind, SPARSE, VALUE, FEW>(piece + head, scales, tiles, w.group_tiles, x, m0, count,
+                                                       p * w.panel_tiles, total + (s - from) * count);
+                    }
+                }
+                for (int64_t s = from; s < to; ++s)
+                    for (int64_t i = 0; i < count; ++i) finish(w, f, m0 + i, s, total[(s - from) * count + i]);
+            }
+            from = to;
+        }
     }
 
     static void packed(const Matrix& w, const Activations& x, int64_t m, int64_t first, int64_t last, const Finish& f) {
@@ -288,44 +295,74 @@ struct Strips {
     static void spread(const Matrix& w, const Activations& x, int64_t m, int64_t first, int64_t last, const Finish& f,
                        uint8_t* memory) {
         for (int64_t s = first; s < last; ++s) {
-            const uint8_t *from = w.strip(s) + w.head, *dense = memory;
-            if (w.sparse && w.value == INT4)
-                Spread<1, INT4>::tiles(from, w.tiles, memory);
-            else if (w.sparse)
-                Spread<1, INT8>::tiles(from, w.tiles, memory);
-            else if (w.value == INT4)
-                Spread<0, INT4>::tiles(from, w.tiles, memory);
-            else
-                dense = from;
-            rows<Whole, 0, INT8, I::MANY>(w, x, m, s, dense, f);
+            for (int64_t p = 0; p < w.panels; ++p) {
+                const uint8_t* from = w.at(s, p) + w.head_of(p);
+                uint8_t* to = memory + p * w.panel_tiles * ROWS * COLUMNS;
+                const int64_t tiles = w.tiles_of(p);
+                if (w.sparse && w.value == INT4)
+                    Spread<1, INT4>::tiles(from, tiles, to);
+                else if (w.sparse)
+                    Spread<1, INT8>::tiles(from, tiles, to);
+                else if (w.value == INT4)
+                    Spread<0, INT4>::tiles(from, tiles, to);
+            }
+            const bool stored = !w.sparse && w.value == INT8;  // as it is needed
+            for (int64_t m0 = 0; m0 < m; m0 += I::MANY) {
+                const int64_t count = std::min<int64_t>(I::MANY, m - m0);
+                Floats total[I::MANY];
+                for (int64_t i = 0; i < count; ++i) total[i] = I::zero();
+                for (int64_t p = 0; p < w.panels; ++p) {
+                    const uint8_t* piece = w.at(s, p);
+                    const uint8_t* tile = stored ? piece + w.head_of(p) : memory + p * w.panel_tiles * ROWS * COLUMNS;
+                    rows<Whole, 0, INT8, I::MANY>(tile, piece, w.tiles_of(p), w.group_tiles, x, m0, count,
+                                                  p * w.panel_tiles, total);
+                }
+                for (int64_t i = 0; i < count; ++i) finish(w, f, m0 + i, s, total[i]);
+            }
         }
     }
 
     // ------------------------------------------------------------ rows of x
 
+    // In whole numbers wherever the order of floats is theirs as well: those are spread over vectors as they stand.
     static void quantize(const float* x, int64_t columns, int64_t tiles, int8_t* codes, float* scales, int32_t* sums) {
-        for (int64_t t = 0; t < tiles; ++t) {
-            alignas(64) float block[COLUMNS] = {};
-            std::memcpy(block, x + t * COLUMNS,
-                        static_cast<size_t>(std::min<int64_t>(COLUMNS, columns - t * COLUMNS)) * sizeof(float));
-            float most = 0.0f;
-            for (int i = 0; i < COLUMNS; ++i) most = std::max(most, std::fabs(block[i]));
-            // a block with an Inf or NaN has to give NaN, as it would without codes
-            const float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
-            int32_t sum = 0;
-            for (int i = 0; i < COLUMNS; ++i) {
-                const float code = block[i] * inverse + 12582912.0f;  // rounds half to even
-                int32_t bits;
-                std::memcpy(&bits, &code, 4);
-                const int8_t q = static_cast<int8_t>(bits);
-                codes[t * COLUMNS + i] = q;
-                sum += q;
+        constexpr int32_t MAGIC = 0x4B400000;  // 12582912.0f
+        for (int64_t t = 0; t < tiles; ++t, x += COLUMNS) {
+            alignas(64) float filled[COLUMNS] = {};
+            const float* from = x;
+            if (columns - t * COLUMNS < COLUMNS) {
+                std::memcpy(filled, x, static_cast<size_t>(columns - t * COLUMNS) * sizeof(float));
+                from = filled;
             }
-            float total = 0.0f;
-            for (int i = 0; i < COLUMNS; ++i) total += block[i] * 0.0f;  // 0, or NaN
-            scales[t] = most / 127.0f + total;
-            sums[t] = sum;
+            Lanes low, high;
+            std::memcpy(&low, from, sizeof low);
+            std::memcpy(&high, from + ROWS, sizeof high);
+            const Words first = (Words)low & 0x7FFFFFFF, second = (Words)high & 0x7FFFFFFF;
+            const int32_t bits = reduce(first > second ? first : second, [](auto a, auto b) { return a > b ? a : b; });
+            float most;
+            std::memcpy(&most, &bits, 4);
+            // a block with an Inf or NaN has to give NaN, as it would without codes
+            const bool finite = bits < 0x7F800000;
+            const float inverse = finite && most > 1e-30f ? 127.0f / most : 0.0f;
+            // rounded half to even, into the lower bits of a mantissa
+            const Words one = (Words)(low * inverse + 12582912.0f), two = (Words)(high * inverse + 12582912.0f);
+            alignas(64) int32_t whole[COLUMNS];
+            std::memcpy(whole, &one, sizeof one);
+            std::memcpy(whole + ROWS, &two, sizeof two);
+            for (int i = 0; i < COLUMNS; ++i) codes[t * COLUMNS + i] = static_cast<int8_t>(whole[i]);
+            sums[t] = reduce((one - MAGIC) + (two - MAGIC), [](auto a, auto b) { return a + b; });
+            scales[t] = finite ? most / 127.0f : NAN;
         }
+    }
+
+    // All 16 into one, by halves.
+    template <class F>
+    static int32_t reduce(Words v, F f) {
+        v = f(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+        v = f(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3));
+        v = f(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1));
+        v = f(v, __builtin_shufflevector(v, v, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0));
+        return v[0];
     }
 
     static void normalize(const float* x, const float* norm, float epsilon, int64_t columns, float* y) {
@@ -345,7 +382,7 @@ struct Strips {
         Line sums[4] = {};
         for (size_t at = 0; at + sizeof sums <= bytes; at += sizeof sums)
             for (size_t i = 0; i < 4; ++i) {
-                __builtin_prefetch(memory + at + FAR / 2 + i * sizeof(Line), 0, 3);
+                __builtin_prefetch(memory + at + 8192 + i * sizeof(Line), 0, 3);
                 Line line;
                 std::memcpy(&line, memory + at + i * sizeof(Line), sizeof line);
                 sums[i] += line;
