@@ -16,7 +16,7 @@ from edgesft.core.errors import DeviceError
 from edgesft.kernels import native
 from edgesft.kernels.nm_matmul import units
 
-ABI: Final = 2  # of nm.h
+ABI: Final = 1  # of nm.h
 PREBUILT = Path(__file__).resolve().parent / "prebuilt"
 KEY: Final = "key.txt"  # beside the library: `units.key` of what it was made of
 _HINT = "install g++ (Debian: `apt install g++`), or a wheel of edgesft made for this platform"

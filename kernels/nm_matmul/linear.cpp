@@ -99,6 +99,20 @@ float slot(const uint8_t* planes, int value, int i, int p, int s) {
     return static_cast<float>((p % 2 ? both >> 4 : both & 15) - 8);
 }
 
+// ---------------------------------------------------------------- matrices
+
+// Panels of one width, of whole groups or parts of one.
+int64_t panel_tiles(const Matrix& w) {
+    if (w.tiles <= WIDE) return w.tiles;
+    if (w.group_tiles >= w.tiles || w.value >= FP16) {
+        const int64_t panels = (w.tiles + WIDE - 1) / WIDE;
+        return (w.tiles + panels - 1) / panels;
+    }
+    if (w.group_tiles > WIDE) return w.group_tiles % WIDE ? w.group_tiles : WIDE;
+    const int64_t most = WIDE / w.group_tiles, panels = (w.groups + most - 1) / most;
+    return (w.groups + panels - 1) / panels * w.group_tiles;
+}
+
 // ---------------------------------------------------------------- memory
 
 // Grows only; each thread has its own.
@@ -255,18 +269,6 @@ const char* problem(const Given& g) {
         if (bad) return "two places of a group are not in order";
     }
     return nullptr;
-}
-
-// Panels of one width, of whole groups or parts of one.
-static int64_t panel_tiles(const Matrix& w) {
-    if (w.tiles <= WIDE) return w.tiles;
-    if (w.group_tiles >= w.tiles || w.value >= FP16) {
-        const int64_t panels = (w.tiles + WIDE - 1) / WIDE;
-        return (w.tiles + panels - 1) / panels;
-    }
-    if (w.group_tiles > WIDE) return w.group_tiles % WIDE ? w.group_tiles : WIDE;
-    const int64_t most = WIDE / w.group_tiles, panels = (w.groups + most - 1) / most;
-    return (w.groups + panels - 1) / panels * w.group_tiles;
 }
 
 Matrix matrix(const Given& g) {

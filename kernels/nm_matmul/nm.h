@@ -22,7 +22,7 @@
 
 namespace edgesft::nm {
 
-constexpr int ABI = 2;  // of the functions that linear.cpp exports
+constexpr int ABI = 1;  // of the functions that linear.cpp exports
 constexpr int ROWS = 16, COLUMNS = 32;
 constexpr int FEW = 4;    // rows of x that meet a tile at a time in decode
 constexpr int WIDE = 32;  // tiles of a panel at most: 1 KiB of a row of x in int8

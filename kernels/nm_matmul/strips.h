@@ -23,6 +23,7 @@ namespace edgesft::nm {
 // Plain arithmetic on 16 floats, which the compiler spreads over what the machine has.
 typedef float Lanes __attribute__((vector_size(64)));
 typedef int32_t Words __attribute__((vector_size(64)));
+typedef uint32_t Modular __attribute__((vector_size(64)));
 
 // e^x (Cephes' polynomial, 2 ulp): no library's, so that no two machines differ.
 inline Lanes exponential(Lanes x) {
@@ -326,7 +327,7 @@ struct Strips {
 
     // In whole numbers wherever the order of floats is theirs as well: those are spread over vectors as they stand.
     static void quantize(const float* x, int64_t columns, int64_t tiles, int8_t* codes, float* scales, int32_t* sums) {
-        constexpr int32_t MAGIC = 0x4B400000;  // 12582912.0f
+        constexpr uint32_t MAGIC = 0x4B400000;  // 12582912.0f
         for (int64_t t = 0; t < tiles; ++t, x += COLUMNS) {
             alignas(64) float filled[COLUMNS] = {};
             const float* from = x;
@@ -350,14 +351,14 @@ struct Strips {
             std::memcpy(whole, &one, sizeof one);
             std::memcpy(whole + ROWS, &two, sizeof two);
             for (int i = 0; i < COLUMNS; ++i) codes[t * COLUMNS + i] = static_cast<int8_t>(whole[i]);
-            sums[t] = reduce((one - MAGIC) + (two - MAGIC), [](auto a, auto b) { return a + b; });
+            sums[t] = static_cast<int32_t>(reduce((Modular)one + (Modular)two - 2 * MAGIC, [](auto a, auto b) { return a + b; }));
             scales[t] = finite ? most / 127.0f : NAN;
         }
     }
 
     // All 16 into one, by halves.
-    template <class F>
-    static int32_t reduce(Words v, F f) {
+    template <class V, class F>
+    static auto reduce(V v, F f) {
         v = f(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
         v = f(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3));
         v = f(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1));

@@ -175,6 +175,15 @@ int main() {
                     }
             }
         }
+    // wide enough for several panels, and groups that are wider than one
+    for (const int64_t group : {0, 32, 96, 1056, 2048})
+        for (int kind = 0; kind < 6; ++kind) {
+            const int sparse = kind < 2 || kind > 3, value = kind < 4 ? kind % 2 : kind - 2;
+            if (value >= FP16 && group) continue;
+            const Sample s = sample(80, 2250, sparse, value, group);
+            for (const int64_t m : {1, 3, 18, 25}) compare(s, m, 4, 0, true, sets);
+            compare(s, 17, 0, 0, false, sets);
+        }
     refusals();
     buffers();
     std::printf("%d compared on", compared);
