@@ -23,7 +23,7 @@ namespace edgesft::nm {
 
 namespace {
 
-constexpr size_t HUGE_PAGE = size_t{1} << 21, SLAB = size_t{32} << 20, LINE = 64;
+constexpr size_t HUGE_PAGE = size_t{1} << 21, SLAB = size_t{32} << 20;
 constexpr int64_t PARTS = 64;             // of a matrix, handed out to threads
 constexpr int64_t PART_BYTES = 16 << 10;  // and what makes one worth it
 constexpr int64_t MANY = 24;              // rows of x from which spreading a strip pays (measured: 16 to 32)
@@ -286,26 +286,29 @@ Matrix matrix(const Given& g) {
     w.panels = (w.tiles + w.panel_tiles - 1) / w.panel_tiles;
     // blocks are what threads are given, so narrow matrices are cut into small ones
     w.block = w.strips >= 8 * BLOCK ? BLOCK : w.strips >= 2 * BLOCK ? BLOCK / 2 : 2;
-    w.piece = w.head_of(0) + w.tiles_of(0) * tile_bytes(w.sparse, w.value);
-    w.last = w.head_of(w.panels - 1) + w.tiles_of(w.panels - 1) * tile_bytes(w.sparse, w.value);
+    w.piece = w.extent(0, tile_bytes(w.sparse, w.value));
+    w.last = w.extent(w.panels - 1, tile_bytes(w.sparse, w.value));
     w.whole = (w.panels - 1) * w.piece + w.last;
     return w;
 }
 
-void load(const Given& g, const Matrix& w, uint8_t* memory) {
+void load(const Given& given, const Matrix& w, uint8_t* memory) {
     Matrix made = w;
     made.memory = memory;
-    const int64_t bytes = tile_bytes(g.sparse, g.value);
+    const int64_t bytes = tile_bytes(w.sparse, w.value);
     for (int64_t s = 0; s < w.strips; ++s)
         for (int64_t p = 0; p < w.panels; ++p) {
             uint8_t* to = memory + (made.at(s, p) - made.memory);
-            const int64_t first = p * w.panel_tiles, head = w.head_of(p), scales = w.groups_of(p) * ROWS * 2;
-            if (head) {
-                std::memcpy(to, g.scales + (s * w.groups + first / w.group_tiles) * ROWS, static_cast<size_t>(scales));
-                std::memset(to + scales, 0, static_cast<size_t>(head - scales));
+            for (int64_t g = 0; g < w.groups_of(p); ++g) {
+                const int64_t tile = p * w.panel_tiles + g * w.group_tiles;
+                const int64_t count = std::min(w.group_tiles, w.tiles_of(p) - g * w.group_tiles);
+                uint8_t* tiles = to + w.before(g, bytes);
+                std::memcpy(tiles, given.stream + (s * w.tiles + tile) * bytes, static_cast<size_t>(count * bytes));
+                if (given.value >= FP16) continue;
+                uint8_t* pair = to + w.before(g & ~int64_t{1}, bytes) - LINE;
+                if (g % 2 == 0) std::memset(pair, 0, LINE);
+                std::memcpy(pair + g % 2 * 2 * ROWS, given.scales + (s * w.groups + tile / w.group_tiles) * ROWS, 2 * ROWS);
             }
-            const uint8_t* from = g.stream + (s * w.tiles + first) * bytes;
-            std::memcpy(to + head, from, static_cast<size_t>(w.tiles_of(p) * bytes));
         }
 }
 
@@ -338,9 +341,9 @@ void read_row(const Matrix& w, int64_t row, float* y) {
     const int64_t strip = row / ROWS, bytes = tile_bytes(w.sparse, w.value);
     const int i = static_cast<int>(row % ROWS);
     for (int64_t t = 0; t < w.tiles; ++t) {
-        const int64_t panel = t / w.panel_tiles, inside = t % w.panel_tiles;
+        const int64_t panel = t / w.panel_tiles, inside = t % w.panel_tiles, group = inside / w.group_tiles;
         const uint8_t* piece = w.at(strip, panel);
-        const uint8_t* tile = piece + w.head_of(panel) + inside * bytes;
+        const uint8_t* tile = piece + w.before(group, bytes) + inside % w.group_tiles * bytes;
         float values[COLUMNS] = {};
         for (int p = 0; p < (w.sparse ? 4 : 8); ++p)
             for (int s = 0; s < 4; ++s) {
@@ -348,7 +351,8 @@ void read_row(const Matrix& w, int64_t row, float* y) {
                 values[column] = slot(tile + (w.sparse ? 64 : 0), w.value, i, p, s);
             }
         uint16_t bits = 0x3C00;  // 1
-        if (w.value < FP16) std::memcpy(&bits, piece + 2 * (inside / w.group_tiles * ROWS + i), 2);
+        if (w.value < FP16)
+            std::memcpy(&bits, piece + w.before(group & ~int64_t{1}, bytes) - LINE + 2 * (group % 2 * ROWS + i), 2);
         const float scale = half(bits);
         const int count = static_cast<int>(std::min<int64_t>(COLUMNS, w.columns - t * COLUMNS));
         for (int k = 0; k < count; ++k) y[t * COLUMNS + k] = values[k] * scale * w.unit;

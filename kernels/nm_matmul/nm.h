@@ -14,7 +14,7 @@
 // stream ahead and lose it at every jump (measured: half the bandwidth). A row of x has to stay in the first-level cache
 // meanwhile, so wide strips are cut into panels of at most WIDE tiles, and a few strips make a block:
 //   block 0: panel 0 of its strips, panel 1 of its strips, ...; block 1: ...
-// The piece of a strip in a panel is its scales there, filled up to 64 bytes, and its tiles.
+// The piece of a strip in a panel has by turns 64 bytes of scales, those of two groups, and the tiles of these groups.
 #pragma once
 
 #include <cstddef>
@@ -23,7 +23,7 @@
 namespace edgesft::nm {
 
 constexpr int ABI = 1;  // of the functions that linear.cpp exports
-constexpr int ROWS = 16, COLUMNS = 32;
+constexpr int ROWS = 16, COLUMNS = 32, LINE = 64;
 constexpr int FEW = 4;    // rows of x that meet a tile at a time in decode
 constexpr int WIDE = 32;  // tiles of a panel at most: 1 KiB of a row of x in int8
 constexpr int BLOCK = 8;  // strips of a block at most
@@ -44,7 +44,14 @@ struct Matrix {
 
     int64_t tiles_of(int64_t panel) const { return panel + 1 < panels ? panel_tiles : tiles - panel * panel_tiles; }
     int64_t groups_of(int64_t panel) const { return (tiles_of(panel) + group_tiles - 1) / group_tiles; }
-    int64_t head_of(int64_t panel) const { return value >= FP16 ? 0 : (groups_of(panel) * ROWS * 2 + 63) / 64 * 64; }
+    // Bytes before the tiles of a group, scales of its pair included, when a tile takes `span`.
+    int64_t before(int64_t group, int64_t span) const {
+        return (value >= FP16 ? 0 : (group / 2 + 1) * LINE) + group * group_tiles * span;
+    }
+    // Bytes of a piece.
+    int64_t extent(int64_t panel, int64_t span) const {
+        return (value >= FP16 ? 0 : (groups_of(panel) + 1) / 2 * LINE) + tiles_of(panel) * span;
+    }
     int64_t size_of(int64_t panel) const { return panel + 1 < panels ? piece : last; }
     // Where the piece of a strip begins.
     const uint8_t* at(int64_t strip, int64_t panel) const {
@@ -96,7 +103,8 @@ inline int64_t tile_bytes(int sparse, int value) {
     return (sparse ? 64 : 0) + planes * (value == INT4 ? 32 : 64);
 }
 
-inline int64_t spread_bytes(const Matrix& w) { return w.tiles * ROWS * COLUMNS; }
+// Of a strip by way of dense int8.
+inline int64_t spread_bytes(const Matrix& w) { return w.panels * w.extent(0, ROWS * COLUMNS); }
 
 extern const Table generic;
 #if defined(__x86_64__) || defined(_M_X64)

@@ -139,96 +139,104 @@ struct Strips {
 
     // ------------------------------------------------------------ strips
 
+    // `count` floats, zeros behind them.
+    static Lanes few(const float* from, int64_t count) {
+        Lanes v{};
+        if (count >= ROWS)
+            std::memcpy(&v, from, sizeof v);
+        else
+            std::memcpy(&v, from, static_cast<size_t>(count) * sizeof(float));
+        return v;
+    }
+
     // Results of rows 16 strip .. of the matrix for one row m of x.
     static void finish(const Matrix& w, const Finish& f, int64_t m, int64_t strip, Floats sums) {
-        alignas(64) float y[ROWS];
-        I::store(y, sums);
-        const int count = static_cast<int>(std::min<int64_t>(ROWS, w.rows - strip * ROWS));
-        for (int i = 0; i < ROWS; ++i) y[i] *= w.unit;
-        if (f.bias)
-            for (int i = 0; i < count; ++i) y[i] += f.bias[strip * ROWS + i];
+        alignas(64) float stored[ROWS];
+        I::store(stored, sums);
+        const int64_t count = std::min<int64_t>(ROWS, w.rows - strip * ROWS);
+        Lanes y;
+        std::memcpy(&y, stored, sizeof y);
+        y *= w.unit;
+        if (f.bias) y += few(f.bias + strip * ROWS, count);
         if (f.gate) {  // the gate waits in y for its partner
             float* to = f.y + m * f.width + strip / 2 * ROWS;
-            Lanes now;
-            std::memcpy(&now, y, sizeof y);
-            if (strip % 2) {
-                Lanes before;
-                std::memcpy(&before, to, sizeof before);
-                now = now * before;
-            } else {
-                now = now / (exponential(-now) + 1.0f);
-            }
-            std::memcpy(to, &now, sizeof now);
+            y = strip % 2 ? y * few(to, ROWS) : y / (exponential(-y) + 1.0f);
+            std::memcpy(to, &y, sizeof y);
             return;
         }
         const int64_t at = m * f.width + strip * ROWS;
-        if (f.residual)
-            for (int i = 0; i < count; ++i) y[i] += f.residual[at + i];
-        std::memcpy(f.y + at, y, static_cast<size_t>(count) * sizeof(float));
+        if (f.residual) y += few(f.residual + at, count);
+        if (count == ROWS)
+            std::memcpy(f.y + at, &y, sizeof y);
+        else
+            std::memcpy(f.y + at, &y, static_cast<size_t>(count) * sizeof(float));
     }
 
-    // Adds the products of `tiles` tiles, which begin at tile t0 of a row, with M rows of x from m0 on to `total`.
-    // GROUP: tiles that share scales, where it is known beforehand; else 0, and `group_tiles` says it.
+    // Adds the products of a piece of `tiles` tiles, the first of them tile t0 of a row, with M rows of x from m0 on to
+    // `total`. GROUP: tiles that share scales, where it is known beforehand; else 0, and `group_tiles` says it.
     template <template <int, int, int> class Kind, int SPARSE, int VALUE, int M, int GROUP>
-    static void groups(const uint8_t* tile, const uint8_t* scales, int64_t tiles, int64_t group_tiles,
-                       const Activations& x, int64_t m0, int64_t t0, Floats* total) {
+    static void groups(const uint8_t* piece, int64_t tiles, int64_t group_tiles, const Activations& x, int64_t m0,
+                       int64_t t0, Floats* total) {
         constexpr int64_t SPAN = VALUE >= FP16 ? 576 : (SPARSE ? 64 : 0) + (SPARSE ? 4 : 8) * (VALUE == INT4 ? 32 : 64);
+        int64_t t = 0;
         if constexpr (VALUE >= FP16) {  // no scales
-            for (int64_t t = 0; t < tiles; ++t, tile += SPAN) Kind<SPARSE, VALUE, M>::add(tile, x, m0, t0 + t, total);
+            for (; t < tiles; ++t, piece += SPAN) Kind<SPARSE, VALUE, M>::add(piece, x, m0, t0 + t, total);
             return;
         }
         const int64_t step = GROUP ? GROUP : group_tiles;
-        int64_t t = 0;
-        const auto group = [&](int64_t count) {
+        const auto group = [&](const uint8_t* scales, int64_t count) {
             Floats part[M];
             for (int m = 0; m < M; ++m) part[m] = I::zero();
-            for (int64_t i = 0; i < count; ++i, ++t, tile += SPAN)
-                Kind<SPARSE, VALUE, M>::add(tile, x, m0, t0 + t, part);
+            for (int64_t i = 0; i < count; ++i, ++t, piece += SPAN)
+                Kind<SPARSE, VALUE, M>::add(piece, x, m0, t0 + t, part);
             const Floats s = I::halves(scales);
             for (int m = 0; m < M; ++m) total[m] = I::multiply_add(s, part[m], total[m]);
-            scales += 2 * ROWS;
         };
-        while (t + step <= tiles) group(step);
-        if (t < tiles) group(tiles - t);
-    }
-
-    // The same, `M` and `GROUP` chosen: rows [0, count) of `total`.
-    template <template <int, int, int> class Kind, int SPARSE, int VALUE, int M>
-    static void some(const uint8_t* tile, const uint8_t* scales, int64_t tiles, int64_t group_tiles,
-                     const Activations& x, int64_t m0, int64_t t0, Floats* total) {
-        if constexpr (M == 1 && VALUE == INT4) {
-            if (group_tiles == 1)
-                return groups<Kind, SPARSE, VALUE, M, 1>(tile, scales, tiles, 1, x, m0, t0, total);
-            if (group_tiles == 2)
-                return groups<Kind, SPARSE, VALUE, M, 2>(tile, scales, tiles, 2, x, m0, t0, total);
+        while (t + 2 * step <= tiles) {
+            const uint8_t* scales = piece;
+            piece += LINE;
+            group(scales, step);
+            group(scales + 2 * ROWS, step);
         }
-        groups<Kind, SPARSE, VALUE, M, 0>(tile, scales, tiles, group_tiles, x, m0, t0, total);
+        if (t == tiles) return;
+        const uint8_t* scales = piece;
+        piece += LINE;
+        group(scales, std::min(step, tiles - t));
+        if (t < tiles) group(scales + 2 * ROWS, tiles - t);
     }
 
-    // Rows m0.. of x, as many as `total` holds numbers for: count.
+    // The same, GROUP chosen.
+    template <template <int, int, int> class Kind, int SPARSE, int VALUE, int M>
+    static void some(const uint8_t* piece, int64_t tiles, int64_t group_tiles, const Activations& x, int64_t m0,
+                     int64_t t0, Floats* total) {
+        if constexpr (M == 1 && VALUE == INT4) {
+            if (group_tiles == 1) return groups<Kind, SPARSE, VALUE, M, 1>(piece, tiles, 1, x, m0, t0, total);
+            if (group_tiles == 2) return groups<Kind, SPARSE, VALUE, M, 2>(piece, tiles, 2, x, m0, t0, total);
+        }
+        groups<Kind, SPARSE, VALUE, M, 0>(piece, tiles, group_tiles, x, m0, t0, total);
+    }
+
+    // The same for `count` rows of x, at most MOST at a time.
     template <template <int, int, int> class Kind, int SPARSE, int VALUE, int MOST>
-    static void rows(const uint8_t* tile, const uint8_t* scales, int64_t tiles, int64_t group_tiles,
-                     const Activations& x, int64_t m0, int64_t count, int64_t t0, Floats* total) {
+    static void rows(const uint8_t* piece, int64_t tiles, int64_t group_tiles, const Activations& x, int64_t m0,
+                     int64_t count, int64_t t0, Floats* total) {
         int64_t m = 0;
         if constexpr (MOST >= 8)
             for (; m + 8 <= count; m += 8)
-                some<Kind, SPARSE, VALUE, 8>(tile, scales, tiles, group_tiles, x, m0 + m, t0, total + m);
+                some<Kind, SPARSE, VALUE, 8>(piece, tiles, group_tiles, x, m0 + m, t0, total + m);
         if constexpr (MOST >= 4)
             for (; m + 4 <= count; m += 4)
-                some<Kind, SPARSE, VALUE, 4>(tile, scales, tiles, group_tiles, x, m0 + m, t0, total + m);
+                some<Kind, SPARSE, VALUE, 4>(piece, tiles, group_tiles, x, m0 + m, t0, total + m);
         if constexpr (MOST >= 2)
             for (; m + 2 <= count; m += 2)
-                some<Kind, SPARSE, VALUE, 2>(tile, scales, tiles, group_tiles, x, m0 + m, t0, total + m);
-        for (; m < count; ++m) some<Kind, SPARSE, VALUE, 1>(tile, scales, tiles, group_tiles, x, m0 + m, t0, total + m);
+                some<Kind, SPARSE, VALUE, 2>(piece, tiles, group_tiles, x, m0 + m, t0, total + m);
+        for (; m < count; ++m) some<Kind, SPARSE, VALUE, 1>(piece, tiles, group_tiles, x, m0 + m, t0, total + m);
     }
 
     static constexpr int TOGETHER = 16;  // rows of x that a block of strips is gone through with
 
-    // Scales are taken over before their tiles: loads that alternate between two places of memory would keep the
-    // processor from seeing one stream (measured: a third of the bandwidth).
     template <template <int, int, int> class Kind, int SPARSE, int VALUE>
     static void all(const Matrix& w, const Activations& x, int64_t m, int64_t first, int64_t last, const Finish& f) {
-        alignas(64) uint8_t scales[WIDE * 2 * ROWS];
         Floats total[BLOCK * TOGETHER];
         for (int64_t from = first; from < last;) {
             const int64_t to = std::min(from / w.block * w.block + w.block, last);
@@ -236,13 +244,10 @@ struct Strips {
                 const int64_t count = std::min<int64_t>(TOGETHER, m - m0);
                 for (int64_t i = 0; i < (to - from) * count; ++i) total[i] = I::zero();
                 for (int64_t p = 0; p < w.panels; ++p) {
-                    const int64_t tiles = w.tiles_of(p), head = w.head_of(p);
                     const uint8_t* piece = w.at(from, p);
-                    for (int64_t s = from; s < to; ++s, piece += w.size_of(p)) {
-                        std::memcpy(scales, piece, static_cast<size_t>(head));
-                        rows<Kind, SPARSE, VALUE, FEW>(piece + head, scales, tiles, w.group_tiles, x, m0, count,
+                    for (int64_t s = from; s < to; ++s, piece += w.size_of(p))
+                        rows<Kind, SPARSE, VALUE, FEW>(piece, w.tiles_of(p), w.group_tiles, x, m0, count,
                                                        p * w.panel_tiles, total + (s - from) * count);
-                    }
                 }
                 for (int64_t s = from; s < to; ++s)
                     for (int64_t i = 0; i < count; ++i) finish(w, f, m0 + i, s, total[(s - from) * count + i]);
@@ -268,7 +273,7 @@ struct Strips {
 
     // ------------------------------------------------------------ by way of dense int8
 
-    // A tile to the eight planes of dense int8.
+    // A piece to one of dense int8.
     template <int SPARSE, int VALUE>
     struct Spread {
         template <int P>
@@ -287,37 +292,38 @@ struct Strips {
         static void planes(const uint8_t* tile, uint8_t* to, std::integer_sequence<int, P...>) {
             (plane<P>(tile, to), ...);
         }
-        static void tiles(const uint8_t* from, int64_t count, uint8_t* to) {
-            for (int64_t t = 0; t < count; ++t, from += tile_bytes(SPARSE, VALUE), to += ROWS * COLUMNS)
+        static void piece(const uint8_t* from, int64_t tiles, int64_t group_tiles, uint8_t* to) {
+            for (int64_t t = 0; t < tiles; ++t) {
+                if (t % (2 * group_tiles) == 0) {
+                    std::memcpy(to, from, LINE);
+                    from += LINE, to += LINE;
+                }
                 planes(from, to, std::make_integer_sequence<int, SPARSE ? 4 : 8>());
+                from += tile_bytes(SPARSE, VALUE), to += ROWS * COLUMNS;
+            }
         }
     };
 
     static void spread(const Matrix& w, const Activations& x, int64_t m, int64_t first, int64_t last, const Finish& f,
                        uint8_t* memory) {
+        const bool stored = !w.sparse && w.value == INT8;  // as it is needed
+        const int64_t size = w.extent(0, ROWS * COLUMNS);
         for (int64_t s = first; s < last; ++s) {
-            for (int64_t p = 0; p < w.panels; ++p) {
-                const uint8_t* from = w.at(s, p) + w.head_of(p);
-                uint8_t* to = memory + p * w.panel_tiles * ROWS * COLUMNS;
-                const int64_t tiles = w.tiles_of(p);
+            for (int64_t p = 0; p < w.panels && !stored; ++p) {
                 if (w.sparse && w.value == INT4)
-                    Spread<1, INT4>::tiles(from, tiles, to);
+                    Spread<1, INT4>::piece(w.at(s, p), w.tiles_of(p), w.group_tiles, memory + p * size);
                 else if (w.sparse)
-                    Spread<1, INT8>::tiles(from, tiles, to);
-                else if (w.value == INT4)
-                    Spread<0, INT4>::tiles(from, tiles, to);
+                    Spread<1, INT8>::piece(w.at(s, p), w.tiles_of(p), w.group_tiles, memory + p * size);
+                else
+                    Spread<0, INT4>::piece(w.at(s, p), w.tiles_of(p), w.group_tiles, memory + p * size);
             }
-            const bool stored = !w.sparse && w.value == INT8;  // as it is needed
             for (int64_t m0 = 0; m0 < m; m0 += I::MANY) {
                 const int64_t count = std::min<int64_t>(I::MANY, m - m0);
                 Floats total[I::MANY];
                 for (int64_t i = 0; i < count; ++i) total[i] = I::zero();
-                for (int64_t p = 0; p < w.panels; ++p) {
-                    const uint8_t* piece = w.at(s, p);
-                    const uint8_t* tile = stored ? piece + w.head_of(p) : memory + p * w.panel_tiles * ROWS * COLUMNS;
-                    rows<Whole, 0, INT8, I::MANY>(tile, piece, w.tiles_of(p), w.group_tiles, x, m0, count,
-                                                  p * w.panel_tiles, total);
-                }
+                for (int64_t p = 0; p < w.panels; ++p)
+                    rows<Whole, 0, INT8, I::MANY>(stored ? w.at(s, p) : memory + p * size, w.tiles_of(p),
+                                                  w.group_tiles, x, m0, count, p * w.panel_tiles, total);
                 for (int64_t i = 0; i < count; ++i) finish(w, f, m0 + i, s, total[i]);
             }
         }

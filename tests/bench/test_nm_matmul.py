@@ -60,7 +60,7 @@ def ggml(tmp_path_factory):
 def measured(rows, columns, threads, ggml, m=1, megabytes=MEGABYTES):
     """Seconds of a layer by contestant and the bytes a second that were read, a list of rounds each."""
     ours = Worker(own("gemv.py"))
-    opened = {"rows": rows, "columns": columns, "threads": threads, "megabytes": megabytes}
+    opened = {"rows": rows, "columns": columns, "threads": threads, "megabytes": megabytes, "m": m}
     copies = ours.json({"open": opened})["copies"]
     names = [*copies, *([GGML] if ggml else [])]
     theirs = Worker(ggml) if ggml else None
@@ -72,7 +72,7 @@ def measured(rows, columns, threads, ggml, m=1, megabytes=MEGABYTES):
         bandwidth.append(ours.json({"read": threads})["bytes_per_second"])
         for name in rng.sample(names, len(names)):
             took = (
-                float(theirs.ask(f"run {m}")) if name == GGML else ours.json({"run": name, "m": m})["seconds"]
+                float(theirs.ask(f"run {m}")) if name == GGML else ours.json({"run": name})["seconds"]
             )
             if turn:
                 seconds[name].append(took)
