@@ -7,6 +7,7 @@
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <thread>
 #include <vector>
 
 #if defined(__linux__) || defined(__APPLE__)
@@ -24,8 +25,10 @@ namespace edgesft::nm {
 namespace {
 
 constexpr size_t HUGE_PAGE = size_t{1} << 21, SLAB = size_t{32} << 20;
-constexpr int64_t PARTS = 64;             // of a matrix, handed out to threads
-constexpr int64_t PART_BYTES = 16 << 10;  // and what makes one worth it
+constexpr int64_t PARTS = 64;             // of a matrix at most, handed out to threads
+// ... and how long one should be: each begins a stream anew (measured: 16 KiB cost a tenth of small matrices), but
+// rather short than a processor without any.
+constexpr int64_t PART_BYTES = 96 << 10, LEAST_PART_BYTES = 16 << 10;
 constexpr int64_t MANY = 24;              // rows of x from which spreading a strip pays (measured: 16 to 32)
 
 // ---------------------------------------------------------------- instruction sets
@@ -333,7 +336,9 @@ bool linear(const Matrix& w, const Call& call, Parallel parallel, const void* ho
     if (!run(call.m > FEW ? parallel : nullptr, host, prepare, static_cast<size_t>(call.m), &job)) return false;
 
     const int64_t bytes = w.strips * w.whole * std::max<int64_t>(1, call.m / FEW);
-    job.parts = std::clamp(bytes / PART_BYTES, int64_t{1}, std::min(PARTS, (w.strips + w.block - 1) / w.block));
+    static const int64_t processors = std::max<int64_t>(1, std::thread::hardware_concurrency());
+    const int64_t wanted = std::max(bytes / PART_BYTES, std::min(processors, bytes / LEAST_PART_BYTES));
+    job.parts = std::clamp(wanted, int64_t{1}, std::min(PARTS, (w.strips + w.block - 1) / w.block));
     return run(parallel, host, part, static_cast<size_t>(job.parts), &job);
 }
 
