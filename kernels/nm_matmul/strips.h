@@ -173,14 +173,17 @@ struct Strips {
     }
 
     // Adds the products of a piece of `tiles` tiles, the first of them tile t0 of a row, with M rows of x from m0 on to
-    // `total`. GROUP: tiles that share scales, where it is known beforehand; else 0, and `group_tiles` says it.
+    // `sums`. GROUP: tiles that share scales, where it is known beforehand; else 0, and `group_tiles` says it.
     template <template <int, int, int> class Kind, int SPARSE, int VALUE, int M, int GROUP>
     static void groups(const uint8_t* piece, int64_t tiles, int64_t group_tiles, const Activations& x, int64_t m0,
-                       int64_t t0, Floats* total) {
+                       int64_t t0, Floats* sums) {
         constexpr int64_t SPAN = VALUE >= FP16 ? 576 : (SPARSE ? 64 : 0) + (SPARSE ? 4 : 8) * (VALUE == INT4 ? 32 : 64);
         int64_t t = 0;
+        Floats total[M];  // in registers: `piece` may be anywhere
+        for (int m = 0; m < M; ++m) total[m] = sums[m];
         if constexpr (VALUE >= FP16) {  // no scales
             for (; t < tiles; ++t, piece += SPAN) Kind<SPARSE, VALUE, M>::add(piece, x, m0, t0 + t, total);
+            for (int m = 0; m < M; ++m) sums[m] = total[m];
             return;
         }
         const int64_t step = GROUP ? GROUP : group_tiles;
@@ -198,11 +201,13 @@ struct Strips {
             group(scales, step);
             group(scales + 2 * ROWS, step);
         }
-        if (t == tiles) return;
-        const uint8_t* scales = piece;
-        piece += LINE;
-        group(scales, std::min(step, tiles - t));
-        if (t < tiles) group(scales + 2 * ROWS, tiles - t);
+        if (t < tiles) {
+            const uint8_t* scales = piece;
+            piece += LINE;
+            group(scales, std::min(step, tiles - t));
+            if (t < tiles) group(scales + 2 * ROWS, tiles - t);
+        }
+        for (int m = 0; m < M; ++m) sums[m] = total[m];
     }
 
     // The same, GROUP chosen.
