@@ -24,9 +24,12 @@ def is_sparse(weight: FloatArray) -> bool:
     return True
 
 
-def group_of(group: int) -> int:
-    """The nearest group that the layout has, for one that an export was asked for."""
-    return max(layout.COLUMNS, group)
+def group_of(group: int, sparse: bool) -> int:
+    """Columns that share a scale where an export was asked for groups of `group` weights.
+
+    2:4 keeps every second of them: as many weights lie in twice the columns.
+    """
+    return max(layout.COLUMNS, 2 * group if sparse else group)
 
 
 def pack(

@@ -19,8 +19,8 @@ _CARRIED = ("pattern", "density")  # a latency is never apart from what made it
 class Export:
     """Write a model for a runtime.
 
-    quantize: `int8` and `int4` cut matrices into blocks of `group` inputs with a scale each; exact zeros
-    stay zero. accuracy_level: 4 computes in int8 (fast), 0 in float32 (exact), as MatMulNBits has it.
+    quantize: `int8` and `int4` cut matrices into blocks of `group` inputs with a scale each, packed 2:4 layers
+    into blocks of twice as many inputs, which keep `group` weights; exact zeros stay zero. accuracy_level: 4 computes in int8 (fast), 0 in float32 (exact), as MatMulNBits has it.
     sparse: what becomes of 2:4 layers when weights are quantised. `auto` stores them without their zeros
     where that is faster on this machine, measured layer by layer; `always` does it without measuring, dense
     layers in the same tiles; `never` writes ONNX Runtime's own operations only.
@@ -36,7 +36,7 @@ class Export:
     quantize: Annotated[Literal["none", "int8", "int4"], Field(description="precision of the weights")] = (
         "none"
     )
-    group: Annotated[Literal[16, 32, 64, 128, 256], Field(description="inputs that share a scale")] = 32
+    group: Annotated[Literal[16, 32, 64, 128, 256], Field(description="weights that share a scale")] = 32
     accuracy_level: Annotated[Literal[0, 1, 4], Field(description="4: int8 arithmetic; 0 or 1: float32")] = 4
     mixed: Annotated[bool, Field(description="int4 keeps the down projections at 8 bits")] = True
     sparse: Annotated[

@@ -122,7 +122,7 @@ class _Packed(DecoderGraph):
     def _arrays(self, name: str, sources: Sequence[str], role: str) -> tuple[list[FloatArray], Choice, Layer]:
         arrays = [self.weights.get(source) for source in sources]
         sparse = role in ("linear", "down") and all(packing.is_sparse(a) for a in arrays)
-        group = packing.group_of(self.precision.group)
+        group = packing.group_of(self.precision.group, sparse)
         rows, columns = sum(len(a) for a in arrays), arrays[0].shape[1]
         layer = Layer(name, rows, columns, self.precision.bits(role), group, sparse)
         return arrays, self.choose(layer), layer

@@ -66,9 +66,8 @@ def built(model):
     # ours are made anew: they are what is measured
     made = {"ours": root / f"packed-{os.getpid()}", "ours dense": root / f"tiled-{os.getpid()}"}
     edgesft("export", source, "--quantize", "int4", "--sparse", "auto", *PURE, "-o", made["ours"])
-    edgesft(
-        "export", _dense(source, root), "--quantize", "int4", "--sparse", "always", "-o", made["ours dense"]
-    )
+    dense = _dense(source, root)
+    edgesft("export", dense, "--quantize", "int4", "--sparse", "always", *PURE, "-o", made["ours dense"])
     return {**made, "onnxruntime-genai": theirs, "llama.cpp": gguf}
 
 

@@ -36,8 +36,9 @@ class SparseGPT(Method):
     block: columns between two updates of everything to their right. It changes the speed only, except
     without a pattern, where it is also the set of columns within which scores are compared.
     precision: of H, its factor and the sweep.
-    quantize: round what is kept to codes of one scale a row and `group` columns. `export` at the same
-    precision and group finds these codes again; a checkpoint in bfloat16 holds them to its own precision.
+    quantize: round what is kept to codes of one scale a row and `group` columns. `export` finds these codes
+    again at the same precision, if its `group` is half of this one (2:4 keeps so many of them); a checkpoint
+    in bfloat16 holds them to its own precision.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
@@ -52,7 +53,7 @@ class SparseGPT(Method):
     quantize: Annotated[
         Literal["none", "int8", "int4"], Field(description="round the kept weights in the same sweep")
     ] = "none"
-    group: Annotated[Literal[32, 64, 128, 256], Field(description="columns that share a scale")] = 32
+    group: Annotated[Literal[32, 64, 128, 256], Field(description="columns that share a scale")] = 64
 
     def compress(self, name: str, weight: Tensor, signals: Signals) -> Tensor:  # (out, in) -> (out, in)
         hessian = signals.hessian(name).to(getattr(torch, self.precision), copy=True)
