@@ -129,6 +129,7 @@ def _direct(
         "group": precision.group,
         "accuracy_level": precision.accuracy_level,
         "mixed": precision.mixed,
+        "head": precision.head,
         "eos": list(d.eos),
         "inputs": [
             "input_ids",

@@ -4,6 +4,7 @@ Neither torch nor transformers is imported. Nothing of the folder reaches ONNX R
 its description and the places of its external data are checked.
 """
 
+import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from edgesft.core import artifact, tokens
 from edgesft.core import threads as core_threads
 from edgesft.core.errors import ArtifactError, DeviceError, UsageError
-from edgesft.exporters.description import MODEL, read_description
+from edgesft.exporters.description import DATA, MODEL, read_description
 from edgesft.exporters.weights import FloatArray
 
 if TYPE_CHECKING:
@@ -315,6 +316,7 @@ def open_session(
     if trace is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(trace)
+    _read_ahead(file.with_name(DATA))
     try:
         session: Session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # a class of its own for each status code, of a module without types
@@ -323,6 +325,14 @@ def open_session(
             raise DeviceError(f"ONNX Runtime {ort.__version__} cannot run `{file}`: {reason}") from None
         raise ArtifactError(f"ONNX Runtime {ort.__version__} cannot load `{file}`: {reason}") from None
     return session
+
+
+def _read_ahead(data: Path) -> None:
+    """Have the system read the weights already: they are mapped, and faults fetch them in pieces otherwise
+    (measured on a cold file of 677 MB: 2.3 s to open it, so 0.5)."""
+    if hasattr(os, "posix_fadvise") and data.is_file():
+        with data.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,9 @@ class Export:
     group: Annotated[Literal[16, 32, 64, 128, 256], Field(description="weights that share a scale")] = 32
     accuracy_level: Annotated[Literal[0, 1, 4], Field(description="4: int8 arithmetic; 0 or 1: float32")] = 4
     mixed: Annotated[bool, Field(description="int4 keeps the down projections at 8 bits")] = True
+    head: Annotated[
+        Literal["int8", "int4"], Field(description="of the head under int4, and of a tied embedding if packed")
+    ] = "int8"
     sparse: Annotated[
         Literal["auto", "always", "never"], Field(description="`auto` packs 2:4 layers where that is faster")
     ] = "auto"
@@ -63,7 +66,7 @@ class Export:
 
     def _precision(self) -> Any:  # noqa: ANN401 - the exporter's own class, reached by name only
         return runtime("exporters.dialects.graph").Precision(
-            self.quantize, self.group, self.accuracy_level, self.mixed
+            self.quantize, self.group, self.accuracy_level, self.mixed, self.head
         )
 
     def problems(self, inputs: Mapping[str, Artifact]) -> list[str]:

@@ -22,6 +22,8 @@ class Precision:
     a wrong code there hurts every token, and the runtime's gather and matrix product share 8-bit codes only.
     So does the down projection if `mixed`: its inputs are products, a few of them far larger than the rest,
     and a tenth more bytes buy back most of what 4 bits cost (docs/design.md).
+    head: `int4` cuts the head there too, and with it a tied embedding if it is packed: where 2:4 has made the
+    blocks small, an 8-bit head is up to two fifths of what a step reads.
     group: inputs that share a scale. accuracy_level: 4 computes in int8, 0 in float32 (MatMulNBits).
     """
 
@@ -29,12 +31,13 @@ class Precision:
     group: int = 32
     accuracy_level: int = 4
     mixed: bool = True
+    head: str = "int8"
 
     def bits(self, role: str) -> int:
         """Bits of a weight; role: `linear`, `down`, `head`, `embedding`, or else for what is never cut."""
         if self.quantize == "none" or role not in ("linear", "down", "head", "embedding"):
             return 32
-        cut = ("linear",) if self.mixed else ("linear", "down")
+        cut = {"linear"} | (set() if self.mixed else {"down"}) | ({"head"} if self.head == "int4" else set())
         return 4 if self.quantize == "int4" and role in cut else 8
 
 

@@ -236,9 +236,10 @@ class _Packed(DecoderGraph):
         if not d.tied:
             return super().embed(ids)
         arrays, choice, layer = self._arrays("head", [d.embedding], "head")
-        if choice.kind == "dense":
+        if choice.kind == "dense" and layer.bits == 8:  # the runtime has no table of 4 bits for both
             self._note(layer, choice, None)
             return super().embed(ids)
+        choice = Choice("tiled", choice.seconds)
         self.table_of_tokens = table = self._matrix(layer, choice, [d.embedding], arrays, turns=False)
         said = attributes(table.packed)
         return self.op(EMBEDDING, [ids, table.stream, table.scales], "embedding", domain=DOMAIN, **said)[0]

@@ -104,8 +104,18 @@ def test_a_block_has_five_nodes(tmp_path):
     assert [r["kind"] for r in rows].count("packed") == 8
     assert [r["kind"] for r in rows if r["layer"] == "head"] == ["tiled"]
     bits = {r["layer"]: r["bits_per_weight"] for r in rows}
-    assert bits["layers.0.qkv"] == 3.5
-    assert bits["layers.0.down"] == 5.5  # 8 bits, as in every mixed export
+    assert bits["layers.0.qkv"] == 3.25  # a scale for 64 columns, of which 32 are kept
+    assert 5.25 <= bits["layers.0.down"] < 5.4  # 8 bits, as in every mixed export
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_has_four_bits_where_asked(tmp_path, family):
+    model, out = exported(tmp_path, family, precision=Precision("int4", 32, 0, head="int4"))
+    (head,) = [r for r in json.loads((out / "export.json").read_text())["packed"] if r["layer"] == "head"]
+    assert (head["kind"], head["bits"]) == ("tiled", 4)
+    ids = np.random.default_rng(0).integers(0, 96, (1, 14))
+    got = OnnxRunnable(out, threads=1).logits(ids, np.ones_like(ids), np.arange(14))
+    np.testing.assert_allclose(got, torch_logits(model, ids, out)[0], atol=1e-4)
 
 
 def test_every_weight_can_be_read_back_and_checked(tmp_path):

@@ -33,6 +33,7 @@ def test_the_folder_runs_and_says_what_it_is(tiny_model: Path, tmp_path: Path) -
         "accuracy_level": 4,
         "sparse": "auto",
         "mixed": True,
+        "head": "int8",
         "tunable": False,
     }
     metrics = made.metrics
