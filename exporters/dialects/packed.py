@@ -21,13 +21,13 @@ from edgesft.exporters import packing
 from edgesft.exporters.decoder import Block, Decoder
 from edgesft.exporters.dialects.graph import Built, Precision
 from edgesft.exporters.dialects.onnxruntime import OPSETS, DecoderGraph, needed, save
+from edgesft.exporters.dialects.plain import SIDE_BY_SIDE
 from edgesft.exporters.external import DataFile, check_space
 from edgesft.exporters.weights import Arrays, FloatArray
 from edgesft.kernels.nm_matmul import layout
 from edgesft.kernels.nm_matmul.ort_op import DOMAIN, EMBEDDING, LINEAR, attributes
 
 KINDS = ("packed", "tiled", "dense")
-SIDE_BY_SIDE = 2 * layout.ROWS  # rows of gate and up together come by turns of so many
 
 
 @dataclass(frozen=True)
