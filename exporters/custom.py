@@ -39,7 +39,19 @@ def choose(folder: Path, description: Mapping[str, Any]) -> Chosen:
     if library.load() is not None:
         return Chosen(MODEL, found)
     _warn(library.state()[1])
-    return Chosen(PLAIN, tuple(name for name in found if name != PACKED), plain=True)
+    return _without(found)
+
+
+def spare(folder: Path, description: Mapping[str, Any]) -> Chosen | None:
+    """The plain graph of an export that runs the other one here; None otherwise."""
+    chosen = choose(folder, description)
+    if PACKED not in chosen.operations or not (folder / PLAIN).is_file():
+        return None
+    return _without(chosen.operations)
+
+
+def _without(operations: tuple[str, ...]) -> Chosen:
+    return Chosen(PLAIN, tuple(name for name in operations if name != PACKED), plain=True)
 
 
 @functools.cache

@@ -96,9 +96,8 @@ class OnnxRunnable:
         outputs += [f"present.{i}.{n}" for i in layers for n in ("key", "value")]
         missing += [n for n in outputs if n not in self._gives]
         if missing:
-            raise ArtifactError(
-                f"`{self.path / self.chosen.file}` has no input or output `{missing[0]}`; export.json needs it"
-            )
+            file = self.path / self.chosen.file
+            raise ArtifactError(f"`{file}` has no input or output `{missing[0]}`; export.json needs it")
 
     @property
     def layers(self) -> int:
