@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from edgesft.core.errors import ArtifactError, DeviceError
 from edgesft.exporters import measure, packing
 from edgesft.exporters import onnx as exporter
+from edgesft.exporters import operators as operators_of
+from edgesft.exporters.costs import Call, cost
 from edgesft.exporters.description import PLAIN
 from edgesft.exporters.dialects.graph import Precision
 from edgesft.exporters.dialects.packed import Layer
@@ -209,14 +211,72 @@ def test_a_measurement_tells_forms_apart():
 
 
 def test_inspect_says_what_became_of_the_layers(tmp_path, monkeypatch):
-    from edgesft.stages import inspection
+    from edgesft.stages import inspection, layers
 
     monkeypatch.setattr(measure, "COLD_BYTES", 1 << 16)
     _, out = exported(tmp_path, sparse="auto")
-    found = inspection._packed(out)
-    assert set(found) >= {"head", "layers.*.qkv", "layers.*.down"}
-    for line in found.values():
+    found = inspection._layers(out)
+    assert (found["graph"], found["without the kernels"]) == ("model.onnx", "model.plain.onnx")
+    assert set(found["layers"]) >= {"all", "head", "layers.*.qkv", "layers.*.down"}
+    for name, line in found["layers"].items():
         assert "bits a weight" in line
-        assert " us" in line
+        assert name == "all" or " us" in line
     (tmp_path / "empty").mkdir()
-    assert inspection._packed(tmp_path / "empty") == {}
+    assert inspection._layers(tmp_path / "empty") == {}
+    rows = json.loads((out / "export.json").read_text())["packed"]
+    summed = layers.read(out)
+    assert sum(row["count"] for row in summed["rows"]) == len(rows) == 9
+    assert sum(row["weights"] for row in summed["rows"]) == sum(r["rows"] * r["columns"] for r in rows)
+    assert summed["packed"] + summed["tiled"] + summed["dense"] == 9
+    bits = sum(r["rows"] * r["columns"] * r["bits_per_weight"] for r in rows)
+    assert summed["bits_per_weight"] == pytest.approx(
+        bits / sum(r["rows"] * r["columns"] for r in rows), abs=1e-3
+    )
+
+
+def test_what_a_node_moves_is_counted_from_its_bytes(tmp_path):
+    _, out = exported(tmp_path)  # hidden 64, vocabulary 96
+    graph = operators_of.read_graph(out)
+    entries = json.loads((out / "export.json").read_text())["weights"]
+    sizes = {
+        t.name: t for t in onnx.load(str(out / "model.onnx"), load_external_data=False).graph.initializer
+    }
+
+    def held(name):
+        parts = (("tensor", 1), ("scales", 2))
+        return sum(int(np.prod(sizes[entries[name][key]].dims)) * size for key, size in parts)
+
+    float_ = operators_of.Tensor
+    node = graph.nodes["layers.0.down/PackedLinear"]
+    inputs, outputs = (float_("float", (1, 3, 96)),), (float_("float", (1, 3, 64)),)
+    found = cost(Call("PackedLinear", node, inputs, outputs))
+    assert found.bytes == held("model.layers.0.mlp.down_proj.weight") + 4 * 3 * (96 + 64)
+    assert found.flops == 2 * 3 * 96 * 64
+    node = graph.nodes["layers.0.qkv/PackedLinear"]  # its norm is a weight of it too
+    inputs, outputs = (float_("float", (1, 1, 64)),), (float_("float", (1, 1, 128)),)
+    found = cost(Call("PackedLinear", node, inputs, outputs))
+    assert found.bytes == held("model.layers.0.self_attn.q_proj.weight") + 4 * (64 + 64 + 128)
+    node = graph.nodes["embedding/PackedEmbedding"]
+    ids, rows = float_("int64", (1, 5)), float_("float", (1, 5, 64))
+    found = cost(Call("PackedEmbedding", node, (ids,), (rows,)))
+    assert found.bytes == 4 * 5 * 64 + 5 * 64  # a byte a code; five of 96 rows
+    whole = {e["tensor"]: held(name) for name, e in entries.items() if "packed" in e}
+    norms = 4 * 64 * 5
+    rest = graph.weight_bytes - sum(whole.values()) - norms
+    assert 0 <= rest < 10_000  # tables of the rotary embedding, small integers
+    assert graph.parameters == sum(
+        r["rows"] * r["columns"] for r in json.loads((out / "export.json").read_text())["packed"]
+    )
+
+
+def test_the_plain_graph_is_counted_as_it_is_held(tmp_path, monkeypatch):
+    from edgesft.exporters import custom
+
+    _, out = exported(tmp_path)
+    packed = operators_of.read_graph(out)
+    for bits in (9, 32):
+        monkeypatch.setattr(custom, "plain_bits", lambda bits=bits: bits)
+        graph = operators_of.read_graph(out, PLAIN)
+        assert graph.parameters == packed.parameters
+        assert graph.cache_bytes == packed.cache_bytes
+        assert graph.weight_bytes == pytest.approx(graph.parameters * bits / 8, rel=0.2)
