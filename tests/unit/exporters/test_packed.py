@@ -182,6 +182,63 @@ def test_a_description_that_does_not_fit_is_refused(tmp_path, key, value, words)
         dict(dequantized(out))
 
 
+def external(out, name):
+    """The mapped bytes of an initializer in the data file."""
+    model = onnx.load(str(out / "model.onnx"), load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    place = {e.key: e.value for e in tensor.external_data}
+    return np.memmap(out / "model.onnx.data", np.uint8, "r+", int(place["offset"]), (int(place["length"]),))
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "value", "words"),
+    [
+        ("layers.0.qkv.stream", slice(0, 2), 0, "two places of a group"),  # the same one twice
+        ("layers.1.down.packed_scales", slice(0, 2), 0xFF, "not finite"),
+    ],
+)
+def test_data_that_were_altered_are_refused(tmp_path, name, at, value, words):
+    """By their hashes where an artefact is loaded; and by the operation itself wherever it is loaded."""
+    _, out = exported(tmp_path)
+    data = external(out, name)
+    data[at] = value
+    data.flush()
+    with pytest.raises(ArtifactError, match=words):
+        OnnxRunnable(out, threads=1)
+    with pytest.raises(ArtifactError, match=words if "places" in words else "is broken"):
+        dict(dequantized(out))
+
+
+def test_data_that_are_cut_off_are_refused(tmp_path):
+    _, out = exported(tmp_path)
+    file = out / "model.onnx.data"
+    with file.open("r+b") as data:
+        data.truncate(file.stat().st_size - 5000)
+    for read in (lambda: OnnxRunnable(out, threads=1), lambda: dict(dequantized(out))):
+        with pytest.raises(ArtifactError, match=r"has [\d]+ bytes, tensor `.*` of `model.onnx` needs"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("version", 2, "this library reads format 1 and the model has 2"),
+        ("rows", 112, "another size"),
+        ("columns", 96, "another size"),
+        ("group", 64, "another number"),
+        ("value", 1, "another size"),
+    ],
+)
+def test_a_graph_that_does_not_fit_its_data_is_refused(tmp_path, name, value, words):
+    _, out = exported(tmp_path)
+    model = onnx.load(str(out / "model.onnx"), load_external_data=False)
+    node = next(n for n in model.graph.node if n.name == "layers.0.qkv/PackedLinear")
+    next(a for a in node.attribute if a.name == name).i = value
+    (out / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match=words):
+        OnnxRunnable(out, threads=1)
+
+
 def test_rows_by_turns_come_apart_again():
     rng = np.random.default_rng(0)
     parts = [rng.standard_normal((48, 8)).astype(np.float32) for _ in range(2)]
