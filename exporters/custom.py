@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from edgesft.core import console
 from edgesft.exporters.description import MODEL, PLAIN
 
 TUNABLE, PACKED = "tunable", "packed"  # keys of export.json that stand for operations of our own
@@ -56,6 +55,8 @@ def _without(operations: tuple[str, ...]) -> Chosen:
 
 @functools.cache
 def _warn(reason: str) -> None:
+    from edgesft.core import console  # not needed by a process that measures
+
     console.warn(f"packed weights are run without their kernels, slower and in more memory: {reason}")
 
 
