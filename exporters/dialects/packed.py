@@ -233,13 +233,18 @@ class _Packed(DecoderGraph):
 
     def embed(self, ids: ir.Value) -> ir.Value:
         d = self.d
-        if not d.tied:
-            return super().embed(ids)
-        arrays, choice, layer = self._arrays("head", [d.embedding], "head")
-        if choice.kind == "dense":
-            self._note(layer, choice, None)
-            return super().embed(ids)
-        self.table_of_tokens = table = self._matrix(layer, choice, [d.embedding], arrays, turns=False)
+        if d.tied:
+            arrays, choice, layer = self._arrays("head", [d.embedding], "head")
+            if choice.kind == "dense":
+                self._note(layer, choice, None)
+                return super().embed(ids)
+            self.table_of_tokens = table = self._matrix(layer, choice, [d.embedding], arrays, turns=False)
+        else:
+            # a few rows are read whatever the form: nothing to choose, and before 1.23 ONNX Runtime's own
+            # gather has no codes of 8 bits
+            array, group = self.weights.get(d.embedding), packing.group_of(self.precision.group)
+            layer = Layer("embedding", *array.shape, self.precision.bits("embedding"), group, False)
+            table = self._matrix(layer, Choice("tiled"), [d.embedding], [array], turns=False)
         said = attributes(table.packed)
         return self.op(EMBEDDING, [ids, table.stream, table.scales], "embedding", domain=DOMAIN, **said)[0]
 

@@ -337,3 +337,14 @@ def test_the_plain_graph_is_counted_as_it_is_held(tmp_path, monkeypatch):
         assert graph.parameters == packed.parameters
         assert graph.cache_bytes == packed.cache_bytes
         assert graph.weight_bytes == pytest.approx(graph.parameters * bits / 8, rel=0.2)
+
+
+def test_an_embedding_of_its_own_is_tiled(tmp_path):
+    """ONNX Runtime 1.22 has no gather of its own for codes of 8 bits."""
+    _, out = exported(tmp_path, "llama-biased")
+    found = operators(out)
+    assert "PackedEmbedding" in found
+    assert not {"GatherBlockQuantized", "MatMulNBits"} & set(found)
+    rows = json.loads((out / "export.json").read_text())["packed"]
+    kinds = {r["layer"]: (r["kind"], r["bits"]) for r in rows}
+    assert kinds["embedding"] == kinds["head"] == ("tiled", 8)
