@@ -243,7 +243,8 @@ class _Packed(DecoderGraph):
             # a few rows are read whatever the form: nothing to choose, and before 1.23 ONNX Runtime's own
             # gather has no codes of 8 bits
             array, group = self.weights.get(d.embedding), packing.group_of(self.precision.group)
-            layer = Layer("embedding", *array.shape, self.precision.bits("embedding"), group, False)
+            bits = self.precision.bits("embedding")
+            layer = Layer("embedding", d.vocabulary, d.hidden, bits, group, sparse=False)
             table = self._matrix(layer, Choice("tiled"), [d.embedding], [array], turns=False)
         said = attributes(table.packed)
         return self.op(EMBEDDING, [ids, table.stream, table.scales], "embedding", domain=DOMAIN, **said)[0]
