@@ -3,11 +3,13 @@
  *   cc onnxruntime_c.c -I$ORT/include -L$ORT/lib -lonnxruntime -o step
  *   ./step out/x24/model.onnx $(python -m edgesft.kernels.nm_matmul.library) LAYERS KV_HEADS HEAD_DIM VOCABULARY
  *
- * The numbers are those of export.json. It feeds the tokens 1 2 3 4 and prints the most probable next one.
+ * The numbers are those of export.json. It feeds the tokens 1 2 3 4 and prints the most probable next one. With
+ * out/x24/model.plain.onnx and - in place of a library it needs none.
  */
 #include <onnxruntime_c_api.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 static const OrtApi* api;
 
@@ -37,7 +39,7 @@ int main(int count, char** words) {
     OrtMemoryInfo* memory;
     check(api->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "edgesft", &env));
     check(api->CreateSessionOptions(&options));
-    check(api->RegisterCustomOpsLibrary_V2(options, words[2])); /* the one line */
+    if (strcmp(words[2], "-") != 0) check(api->RegisterCustomOpsLibrary_V2(options, words[2])); /* the one line */
     check(api->CreateSession(env, words[1], options, &session));
     check(api->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &memory));
 

@@ -3,7 +3,8 @@
     python examples/onnxruntime_plain.py out/x24 --prompt "The capital of France is"
 
 All that such a model needs beside onnxruntime is one shared library, registered in one line. `--library`
-names it; left out, the installed edgesft is asked for it in a process of its own.
+names it; left out, the installed edgesft is asked for it in a process of its own. `--fallback` needs none: it
+runs `model.plain.onnx`, the same weights in operators that every onnxruntime has, slower and in more memory.
 """
 
 import argparse
@@ -20,8 +21,8 @@ from tokenizers import Tokenizer
 
 def library() -> str:
     """Where the installed edgesft has its operations, compiled now if need be."""
-    command = [sys.executable, "-m", "edgesft.kernels.nm_matmul.library"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    command = [sys.executable, "-W", "ignore:::runpy", "-m", "edgesft.kernels.nm_matmul.library"]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def main() -> None:
@@ -31,12 +32,23 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=24, help="tokens to generate")
     parser.add_argument("--threads", type=int, default=0, help="0: as many as there are cores")
     parser.add_argument("--library", help="libedgesft_nm.so")
+    parser.add_argument("--fallback", action="store_true", help="use no library")
     arguments = parser.parse_args()
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = arguments.threads
-    options.register_custom_ops_library(arguments.library or library())  # the one line
-    session = ort.InferenceSession(arguments.folder / "model.onnx", options)
+    options.log_severity_level = 3
+    if arguments.fallback:
+        graph = "model.plain.onnx"
+        if tuple(int(n) for n in ort.__version__.split(".")[:2]) < (1, 25):
+            # older ones would decode every weight in every call; so they do it once, to float32
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+    else:
+        graph = "model.onnx"
+        options.register_custom_ops_library(arguments.library or library())  # the one line
+    began = time.perf_counter()
+    session = ort.InferenceSession(arguments.folder / graph, options, providers=["CPUExecutionProvider"])
+    loaded = time.perf_counter() - began
 
     about = json.loads((arguments.folder / "export.json").read_text())
     tokenizer = Tokenizer.from_file(str(arguments.folder / "tokenizer.json"))
@@ -61,6 +73,7 @@ def main() -> None:
         feed = np.array([[tokens[-1]]], np.int64)
     assert not any(name.split(".")[0] == "edgesft" for name in sys.modules)
     print(arguments.prompt + tokenizer.decode(tokens))
+    print(f"onnxruntime {ort.__version__}, {graph} loaded in {loaded:.2f} s")
     if len(times) > 1:
         print(f"{len(tokens)} tokens, {(len(times) - 1) / sum(times[1:]):.0f} a second after the first")
 

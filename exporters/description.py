@@ -13,6 +13,7 @@ from edgesft.core.errors import ArtifactError
 FILE = "export.json"
 MODEL = "model.onnx"
 DATA = "model.onnx.data"  # weights beside it
+PLAIN = "model.plain.onnx"  # the same weights, in operators that every runtime has, where MODEL has ours
 FORMAT = 1
 _KEYS = {"kind": str, "vocabulary": int, "inputs": list, "outputs": list}
 

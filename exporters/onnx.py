@@ -9,8 +9,9 @@ from edgesft.core import console
 from edgesft.core.artifact import write_json
 from edgesft.core.errors import ArtifactError
 from edgesft.exporters import decoder, measure, packing
-from edgesft.exporters.description import DATA, FILE, FORMAT, MODEL
+from edgesft.exporters.description import DATA, FILE, FORMAT, MODEL, PLAIN
 from edgesft.exporters.dialects import packed as packed_dialect
+from edgesft.exporters.dialects import plain
 from edgesft.exporters.dialects import tunable as tunable_dialect
 from edgesft.exporters.dialects.graph import Precision
 from edgesft.exporters.dialects.onnxruntime import build
@@ -41,6 +42,8 @@ def export(
 ) -> dict[str, Any]:
     """Write model.onnx, its data and export.json into `out`; return the metrics of the manifest.
 
+    With packed layers also model.plain.onnx, the same without operations of our own.
+
     tunable: the weights of the blocks' linear layers become inputs, see `dialects.tunable`; only in float32.
     sparse: `auto` packs the layers for which that is faster here, if the model has 2:4 layers; `always` and
     `never` measure nothing.
@@ -57,7 +60,7 @@ def export(
         description, by_precision = _direct(model, out, precision, tunable, sparse)
     write_json(out / FILE, description)
     return {
-        "bytes": sum((out / name).stat().st_size for name in (MODEL, DATA) if (out / name).exists()),
+        "bytes": sum((out / name).stat().st_size for name in (MODEL, DATA, PLAIN) if (out / name).exists()),
         "builder": description["builder"],
         "kind": description["kind"],
         "layers": description["layers"],
@@ -108,7 +111,8 @@ def _direct(
     elif _packs(d, weights := Arrays(model), precision, sparse):
         choose = measure.Fastest(precision.group) if sparse == "auto" else _always
         built, layers = packed_dialect.build(d, weights, out, precision, choose, lambda _name, _array: None)
-        more = {"packed": layers}
+        plain.write(out)
+        more = {"packed": layers, "plain": PLAIN}
     else:
         built = build(d, weights, out, precision)
     pairs = [f"{i}.{part}" for i in range(d.layers) for part in ("key", "value")]

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from edgesft.core.errors import ArtifactError
-from edgesft.exporters import safety
+from edgesft.exporters import custom, safety
 from edgesft.exporters.costs import Call, Node, Tensor, Weight, cost, heavy
+from edgesft.exporters.dialects.plain import PLAIN_DOMAIN
 
 SUFFIX = "_kernel_time"  # the runtime appends it to the node's name
 LAYER = re.compile(r"(?:^|[./_])(?:layers?|blocks?|h|hidden|stages?)[._/]?(\d+)(?=[./_]|$)", re.IGNORECASE)
@@ -87,6 +88,7 @@ def read_graph(folder: Path, name: str = "model.onnx") -> Graph:
     graph = safety.parse(folder, name).graph
     weights = {t.name: Weight(tuple(t.dims), safety.BITS.get(t.data_type)) for t in graph.initializer}
     origin = {name: name for name in weights}  # value -> the initializer that it is a form of
+    decoded = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in graph.value_info}
     found: list[Node] = []
     whole: dict[str, int] = {}
     for made in graph.node:
@@ -96,6 +98,10 @@ def read_graph(folder: Path, name: str = "model.onnx") -> Graph:
             origin |= {name: name for name in constants}
             continue
         known = {i: value for i, value in enumerate(made.input) if value in weights}
+        if made.domain == PLAIN_DOMAIN and made.output[0] in decoded:  # a runtime folds it into a matrix
+            weights[made.output[0]] = Weight(decoded[made.output[0]], custom.plain_bits())
+            origin[made.output[0]] = made.output[0]
+            continue
         if made.op_type in FORMS and 0 in known:
             weights[made.output[0]] = weights[known[0]]
             origin[made.output[0]] = origin[known[0]]

@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 from edgesft.core import threads as core_threads
 from edgesft.core.errors import ArtifactError
-from edgesft.exporters import packing, safety
+from edgesft.exporters import custom, packing, safety
 from edgesft.exporters.description import read_description
 from edgesft.exporters.mapped import Bound, map_weights
 from edgesft.exporters.readback import dequantized
-from edgesft.exporters.runtime import OnnxRunnable, operations, register
+from edgesft.exporters.runtime import OnnxRunnable
 from edgesft.kernels.nm_matmul import layout
 from edgesft.kernels.nm_matmul.ort_op import LINEAR
 
@@ -31,18 +31,20 @@ HIDDEN = "hidden."  # `hidden.{i}` is the residual stream after block i, in both
 class Probe(OnnxRunnable):
     """An exported folder with its quantised products in float32 (level 0) and the blocks' outputs visible.
 
-    Everything else, the handling of the KV cache too, is that of `OnnxRunnable`.
+    Everything else, the handling of the KV cache too, is that of `OnnxRunnable`. chosen: None takes the graph
+    that it would take.
     Raises ArtifactError for a folder that is broken or unsafe.
     """
 
-    def __init__(self, path: Path, *, threads: int = 0) -> None:
+    def __init__(self, path: Path, *, threads: int = 0, chosen: custom.Chosen | None = None) -> None:
         self.path = Path(path)
         self.description = read_description(self.path)
         self.threads = core_threads.resolve(threads)
-        safety.check(self.path)
-        model, self.hidden_names = _altered(safety.parse(self.path))
+        self.chosen = chosen or custom.choose(self.path, self.description)
+        safety.check(self.path, self.chosen.file)
+        model, self.hidden_names = _altered(safety.parse(self.path, self.chosen.file))
         weights = map_weights(self.path, self.description)
-        self.session = _open(self.path, model, self.threads, operations(self.description))
+        self.session = _open(self.path, model, self.threads, self.chosen)
         if weights:
             self.session = Bound(self.session, weights)
         self.kind = self.description["kind"]
@@ -90,7 +92,7 @@ def _altered(model: Any) -> tuple[Any, list[str]]:  # noqa: ANN401 - onnx.ModelP
     return model, names
 
 
-def _open(folder: Path, model: Any, threads: int, names: Sequence[str]) -> Any:  # noqa: ANN401 - onnxruntime has no types
+def _open(folder: Path, model: Any, threads: int, chosen: custom.Chosen) -> Any:  # noqa: ANN401 - onnxruntime has no types
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -99,12 +101,14 @@ def _open(folder: Path, model: Any, threads: int, names: Sequence[str]) -> Any: 
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    register(options, names)
+    custom.configure(options, chosen, exact=True)
     try:
-        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        made = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # a class of its own for each status code, of a module without types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise ArtifactError(f"ONNX Runtime {ort.__version__} cannot load `{folder}`: {reason}") from None
+    custom.loaded(chosen)
+    return made
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ import numpy.typing as npt
 from edgesft.core import artifact, tokens
 from edgesft.core import threads as core_threads
 from edgesft.core.errors import ArtifactError, DeviceError, UsageError
-from edgesft.exporters.description import DATA, MODEL, read_description
+from edgesft.exporters import custom
+from edgesft.exporters.description import DATA, read_description
 from edgesft.exporters.weights import FloatArray
 
 if TYPE_CHECKING:
     from edgesft.core.protocols import Decoding, Runnable
 
 IntArray = npt.NDArray[np.int64]
-TUNABLE, PACKED = "tunable", "packed"  # keys of export.json that stand for operations of our own
 
 
 class Session(Protocol):
@@ -55,6 +55,8 @@ def load(path: Path, *, threads: int = 0, spin: bool = True) -> "OnnxRunnable":
 class OnnxRunnable:
     """An exported folder. Building it checks places, not hashes; `load` checks both.
 
+    Where packed weights have no kernels it runs the plain graph, see `custom`.
+
     trace: where ONNX Runtime's profiler writes, see `open_session`.
     """
 
@@ -63,15 +65,17 @@ class OnnxRunnable:
 
         self.path = Path(path)
         self.description = read_description(self.path)
-        safety.check(self.path)
+        self.chosen = custom.choose(self.path, self.description)
+        safety.check(self.path, self.chosen.file)
         self.threads = core_threads.resolve(threads)
         weights = mapped.map_weights(self.path, self.description)
         self.session: Session = open_session(
-            self.path / MODEL,
+            self.path / self.chosen.file,
             threads=self.threads,
             spin=spin,
             trace=trace,
-            operations=operations(self.description),
+            chosen=self.chosen,
+            exact=self.description.get("accuracy_level") != 4,
         )
         if weights:
             self.session = mapped.Bound(self.session, weights)
@@ -93,9 +97,8 @@ class OnnxRunnable:
         outputs += [f"present.{i}.{n}" for i in layers for n in ("key", "value")]
         missing += [n for n in outputs if n not in self._gives]
         if missing:
-            raise ArtifactError(
-                f"`{self.path / MODEL}` has no input or output `{missing[0]}`; export.json needs it"
-            )
+            file = self.path / self.chosen.file
+            raise ArtifactError(f"`{file}` has no input or output `{missing[0]}`; export.json needs it")
 
     @property
     def layers(self) -> int:
@@ -276,30 +279,19 @@ class Growing:
         return self.prefill(np.asarray(token).reshape(self._batch, 1))
 
 
-def operations(description: Mapping[str, Any]) -> list[str]:
-    """Which of our own operations an exported graph has: TUNABLE, PACKED."""
-    return [name for name in (TUNABLE, PACKED) if description.get(name)]
-
-
-def register(options: Any, names: Collection[str]) -> None:  # noqa: ANN401 - onnxruntime.SessionOptions
-    """Make operations of `operations` known. Raises DeviceError where they cannot be compiled."""
-    if TUNABLE in names:
-        from edgesft.kernels.perturb import ort_op as perturb
-
-        perturb.register(options)
-    if PACKED in names:
-        from edgesft.kernels.nm_matmul import ort_op as packed
-
-        packed.register(options)
-
-
 def open_session(
-    file: Path, *, threads: int, spin: bool = True, trace: Path | None = None, operations: Sequence[str] = ()
+    file: Path,
+    *,
+    threads: int,
+    spin: bool = True,
+    trace: Path | None = None,
+    chosen: custom.Chosen | None = None,
+    exact: bool = False,
 ) -> Session:
     """An ONNX Runtime session on the CPU. threads: at least 1. The file must have been found safe before.
 
     trace: beginning of the name of a file for ONNX Runtime's own profile, which `end_profiling` closes and
-    names; None: not profiled. operations: of ours that the graph has, see `operations`.
+    names; None: not profiled. chosen, exact: of an export, see `custom.configure`.
     Raises DeviceError if this ONNX Runtime has no implementation for an operation, ArtifactError otherwise.
     """
     import onnxruntime as ort
@@ -309,10 +301,8 @@ def open_session(
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
-    register(options, operations)
-    if TUNABLE in operations:
-        # of what is left to ONNX Runtime only the head would gain, by a second copy of the embedding
-        options.add_session_config_entry("session.disable_prepacking", "1")
+    if chosen is not None:
+        custom.configure(options, chosen, exact=exact)
     if trace is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(trace)
@@ -324,6 +314,8 @@ def open_session(
         if type(error).__name__ == "NotImplemented":
             raise DeviceError(f"ONNX Runtime {ort.__version__} cannot run `{file}`: {reason}") from None
         raise ArtifactError(f"ONNX Runtime {ort.__version__} cannot load `{file}`: {reason}") from None
+    if chosen is not None:
+        custom.loaded(chosen)
     return session
 
 

@@ -187,6 +187,32 @@ class Samples(TypedDict):
     processes: NotRequired[list[dict[str, Any]]]
 
 
+class PackedLayer(TypedDict):
+    """Layers that became the same. layer: their names, the number left open; measured_us: by kind, where a
+    measurement decided."""
+
+    layer: str
+    count: int
+    kind: str
+    pattern: str
+    bits: int
+    bits_per_weight: float
+    weights: int
+    measured_us: NotRequired[dict[str, float]]
+
+
+class PackedLayers(TypedDict):
+    """What an export with packed layers made of them. packed: 2:4 without its zeros; tiled: dense in the same
+    tiles; dense: the runtime's own operation. graph: the one that was measured."""
+
+    packed: int
+    tiled: int
+    dense: int
+    bits_per_weight: float
+    graph: NotRequired[str]
+    rows: list[PackedLayer]
+
+
 class Profile(TypedDict):
     """Latency, throughput, memory and load time of one artefact on one device (`edgesft profile`).
 
@@ -211,6 +237,7 @@ class Profile(TypedDict):
     quantize: NotRequired[str | None]
     pattern: NotRequired[str | None]
     density: NotRequired[Number]
+    layers: NotRequired[PackedLayers | None]
     threads: NotRequired[int]
     workload: dict[str, Any]
     warmup: NotRequired[dict[str, Any]]

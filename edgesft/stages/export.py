@@ -25,8 +25,8 @@ class Export:
     where that is faster on this machine, measured layer by layer; `always` does it without measuring, dense
     layers in the same tiles; `never` writes ONNX Runtime's own operations only.
     tunable: the result can be tuned where it runs, and needs a C++ compiler there.
-    Raises UsageError for an unknown target and for quantised weights that are to be tuned, DeviceError for a
-    target that this version cannot write.
+    Raises UsageError for an unknown target, for packed weights that are not quantised and for quantised ones
+    that are to be tuned, DeviceError for a target that this version cannot write.
     """
 
     name: ClassVar[str] = "export"
@@ -54,6 +54,10 @@ class Export:
             raise UsageError(f"there is no export target `{self.target}`", nearest(self.target, TARGETS))
         if self.target == "tensorrt":
             raise DeviceError("the target `tensorrt` is not available in this version", "use `--target onnx`")
+        if self.sparse == "always" and self.quantize == "none":
+            raise UsageError(
+                "`--sparse always` packs quantised weights, `--quantize` is `none`", "--quantize int4"
+            )
         if self.tunable and self.quantize != "none":
             raise UsageError(
                 f"`--tunable` is for weights in float32, `--quantize` is `{self.quantize}`",

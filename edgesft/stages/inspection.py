@@ -1,11 +1,13 @@
 """What an artefact is, what it came from, and whether it is still what its manifest says."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 from edgesft.core import artifact
 from edgesft.core.errors import ArtifactError
+from edgesft.stages import layers
+
+PLAIN = "model.plain.onnx"
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -35,28 +37,25 @@ def inspect(path: Path) -> dict[str, Any]:
         "params": found.manifest["params"],
         "inputs": found.manifest["inputs"],
         "metrics": dict(found.metrics),
-        **({"layers": layers} if (layers := _packed(path)) else {}),
+        **_layers(path),
         "files": found.manifest["files"],
         "made_by": found.manifest["made_by"],
     }
 
 
-def _packed(path: Path) -> dict[str, str]:
+def _layers(path: Path) -> dict[str, Any]:
     """What became of the layers of an export with packed weights, one line for all that agree."""
-    rows = (artifact.read_json(path / "export.json") or {}).get("packed") or []
-    groups: dict[tuple[str, ...], int] = {}
-    for row in rows:
-        name = re.sub(r"\d+", "*", str(row["layer"]))
-        what = f"{row['kind']}, {row['pattern']} int{row['bits']}, {row['bits_per_weight']:g} bits a weight"
-        times = row.get("measured_us", {})
-        if times:
-            what += " (" + ", ".join(f"{kind} {us:g} us" for kind, us in times.items()) + ")"
-        groups[name, what] = groups.get((name, what), 0) + 1
-    found: dict[str, str] = {}
-    for (name, what), count in groups.items():
-        line = f"{count} {what}"
-        found[name] = f"{found[name]}; {line}" if name in found else line
-    return found
+    found = layers.read(path)
+    if found is None:
+        return {}
+    lines: dict[str, str] = {}
+    for row in found["rows"]:
+        name, text = row["layer"], layers.describe(row)
+        lines[name] = f"{lines[name]}; {text}" if name in lines else text
+    graphs = {"graph": "model.onnx"}
+    if (path / PLAIN).is_file():
+        graphs["without the kernels"] = PLAIN
+    return {**graphs, "layers": {"all": layers.line(found), **lines}}
 
 
 def _foreign(path: Path) -> dict[str, Any]:

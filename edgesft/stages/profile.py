@@ -20,6 +20,7 @@ from edgesft.core import artifact, catalog, console
 from edgesft.core.artifact import Artifact, Workdir
 from edgesft.core.errors import ArtifactError, UsageError
 from edgesft.core.params import Count, Length, Seed, validate
+from edgesft.stages import layers
 from edgesft.stages.profiling import ceiling, sections, summary, trace
 from edgesft.stages.profiling.overview import brief, tables
 from edgesft.stages.profiling.sections import Bench
@@ -121,6 +122,7 @@ class Profile:
             **core,
             "load_ms": {**summary.loads(cold, measured), "idle_resume": idle},
             **{k: v for k, v in about(model).items() if k in ("quantize", "pattern", "density")},
+            "layers": self._layers(bench),
             "artifact_bytes": model.bytes,
             "threads": bench.threads,
             "workload": {**self._workload(), "processes": self.processes, "seed": self.seed},
@@ -158,6 +160,18 @@ class Profile:
                 meters += [] if meter is None else [meter]
                 bar.advance()
         return measured[0], measured[1:], meters
+
+    def _layers(self, bench: Bench) -> dict[str, Any] | None:
+        """What became of the layers of an export with packed ones; noted where their kernels are missing."""
+        found = layers.read(bench.model.path)
+        if found is None:
+            return None
+        graph = ceiling.place(bench.model)[1]
+        if graph != ceiling.GRAPH:
+            bench.notes.append(
+                f"the packed kernels cannot be had here: `{graph}` was measured, which is slower"
+            )
+        return {**found, "graph": graph}
 
     def _prefills(self, index: int, measured: list[dict[str, Any]]) -> int:
         """Prompts without decoding that this process adds, in view of what the first one cost."""

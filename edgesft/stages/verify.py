@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+import psutil
 from pydantic import Field
 
 from edgesft.core import catalog, console
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from edgesft.stages.rounding import WeightCheck
 
 HEAD = "head"  # what departs when every block agrees and the output does not
+PLAIN = "plain"  # the graph of an export with packed layers for machines without their kernels
+DECODING = 24  # bytes a weight that a runtime takes while it decodes that graph to float32 (measured: 18)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +96,11 @@ def brief(report: Mapping[str, Any]) -> dict[str, Any]:
     """What a person reads first: is it the same computation, and how far the shipped form drifts."""
     found: dict[str, Any] = {"ok": report["ok"], "quantize": report["quantize"], "builder": report["builder"]}
     limit = report["limits"]["relative"]
-    for name in ("prefill", "batch", "decode"):
+    for name in ("prefill", "batch", "decode", PLAIN):
         errors = report.get(name)
         if errors is not None:
-            found[name] = f"{_show(errors['max_rel'])} of the largest value (limit {limit:g})"
+            title = "without the kernels" if name == PLAIN else name
+            found[title] = f"{_show(errors['max_rel'])} of the largest value (limit {limit:g})"
     greedy = report.get("greedy")
     if greedy is not None:
         found["greedy tokens"] = f"{greedy['tokens'] - greedy['mismatches']} of {greedy['tokens']} equal"
@@ -228,6 +232,8 @@ class _Comparison:
                 made["drift"]["of_arithmetic"] = agreement.drift(self.rows, expected, own).short()
                 made |= self._agreement(inside, expected)
             made["layers"] = self._layers(inside)
+            del inside
+            made[PLAIN] = self._plain(probe, expected)
             bar.advance(note="layers")
         return made | {"weights": weights.report()}
 
@@ -253,6 +259,23 @@ class _Comparison:
             greedy = agreement.greedy(said, got, self.limits.relative, step=not self.quantized)
             made["greedy"] = greedy.report()
         return made
+
+    def _plain(self, probe: Any, expected: "list[FloatArray]") -> dict[str, Any] | None:  # noqa: ANN401
+        """The export's other graph, where it has one; None too where the memory to decode it is not free."""
+        from edgesft.stages import agreement
+
+        spare = catalog.runtime("exporters.custom").spare(self.exported, self.description)
+        if spare is None:
+            return None
+        needed = DECODING * sum(row["rows"] * row["columns"] for row in self.description["packed"])
+        free = psutil.virtual_memory().available
+        if free < needed:
+            console.warn(
+                f"`{spare.file}` is not checked: it takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"
+            )
+            return None
+        other = probe.Probe(self.exported, threads=self.threads, chosen=spare)
+        return agreement.prefill(other, self.rows, expected).report()
 
     def _drift(
         self,
@@ -318,9 +341,10 @@ def _within(value: float | None, limit: float) -> bool:
 def _failures(report: Mapping[str, Any], limits: Limits) -> list[str]:
     """What lies outside the limits, in words."""
     found = []
-    for part in ("prefill", "batch", "decode"):
+    for part in ("prefill", "batch", "decode", PLAIN):
         if report[part] is not None and not _within(report[part]["max_rel"], limits.relative):
-            found.append(f"{part} is off by {_show(report[part]['max_rel'])}, expected {limits.relative:g}")
+            what = "`model.plain.onnx`" if part == PLAIN else part
+            found.append(f"{what} is off by {_show(report[part]['max_rel'])}, expected {limits.relative:g}")
     greedy = report["greedy"]
     if greedy is not None and not greedy["equal"]:
         first = greedy["first_mismatch"]

@@ -21,13 +21,13 @@ from edgesft.exporters import packing
 from edgesft.exporters.decoder import Block, Decoder
 from edgesft.exporters.dialects.graph import Built, Precision
 from edgesft.exporters.dialects.onnxruntime import OPSETS, DecoderGraph, needed, save
+from edgesft.exporters.dialects.plain import SIDE_BY_SIDE
 from edgesft.exporters.external import DataFile, check_space
 from edgesft.exporters.weights import Arrays, FloatArray
 from edgesft.kernels.nm_matmul import layout
 from edgesft.kernels.nm_matmul.ort_op import DOMAIN, EMBEDDING, LINEAR, attributes
 
 KINDS = ("packed", "tiled", "dense")
-SIDE_BY_SIDE = 2 * layout.ROWS  # rows of gate and up together come by turns of so many
 
 
 @dataclass(frozen=True)
@@ -233,6 +233,7 @@ class _Packed(DecoderGraph):
 
     def embed(self, ids: ir.Value) -> ir.Value:
         d = self.d
+<<<<<<< HEAD
         if not d.tied:
             return super().embed(ids)
         arrays, choice, layer = self._arrays("head", [d.embedding], "head")
@@ -241,6 +242,21 @@ class _Packed(DecoderGraph):
             return super().embed(ids)
         choice = Choice("tiled", choice.seconds)
         self.table_of_tokens = table = self._matrix(layer, choice, [d.embedding], arrays, turns=False)
+=======
+        if d.tied:
+            arrays, choice, layer = self._arrays("head", [d.embedding], "head")
+            if choice.kind == "dense":
+                self._note(layer, choice, None)
+                return super().embed(ids)
+            self.table_of_tokens = table = self._matrix(layer, choice, [d.embedding], arrays, turns=False)
+        else:
+            # a few rows are read whatever the form: nothing to choose, and before 1.23 ONNX Runtime's own
+            # gather has no codes of 8 bits
+            array, group = self.weights.get(d.embedding), packing.group_of(self.precision.group)
+            bits = self.precision.bits("embedding")
+            layer = Layer("embedding", d.vocabulary, d.hidden, bits, group, sparse=False)
+            table = self._matrix(layer, Choice("tiled"), [d.embedding], [array], turns=False)
+>>>>>>> plain
         said = attributes(table.packed)
         return self.op(EMBEDDING, [ids, table.stream, table.scales], "embedding", domain=DOMAIN, **said)[0]
 

@@ -17,6 +17,7 @@ from edgesft.core.artifact import Artifact
 
 SLOWEST = "fp32"  # where the rate of an arithmetic is not measured: it is no slower than this one
 SPREAD = 0.2  # of the passes that measured a limit, above which the machine was busy
+GRAPH = "model.onnx"
 FLOAT = 4  # bytes; every KV cache that we run is in float32
 
 
@@ -168,5 +169,10 @@ def _cache(layers: Any, heads: Any, size: Any) -> int | None:  # noqa: ANN401 - 
 
 
 def place(model: Artifact) -> tuple[Path, str]:
-    """(folder, file name) of the graph of an export or of a foreign file."""
-    return (model.path, "model.onnx") if model.path.is_dir() else (model.path.parent, model.path.name)
+    """(folder, file name) of the graph of an export, the one that runs here, or of a foreign file."""
+    if not model.path.is_dir():
+        return model.path.parent, model.path.name
+    about = artifact.read_json(model.path / "export.json")
+    return model.path, GRAPH if about is None else catalog.runtime("exporters.custom").choose(
+        model.path, about
+    ).file

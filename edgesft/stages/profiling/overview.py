@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgesft.core import console
+from edgesft.stages import layers
 from edgesft.stages.profiling.summary import WANTED
 
 Table = tuple[str, list[str], list[list[str]]]  # title, columns, rows
@@ -31,6 +32,7 @@ def brief(metrics: Mapping[str, Any]) -> dict[str, Any]:
     found |= {
         "peak memory MB": metrics["peak_memory_bytes"] / 1e6,
         "artefact MB": metrics["artifact_bytes"] / 1e6,
+        **({"layers": layers.line(metrics["layers"])} if metrics.get("layers") else {}),
         "threads": metrics["threads"],
         "steady state": metrics["warmup"]["steady"],
     }
@@ -61,6 +63,8 @@ def _power(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def tables(profile: Mapping[str, Any]) -> list[Table]:
     """Operators, contexts and sweeps, as far as the profile has them; cells are text."""
     found = []
+    if profile.get("layers"):
+        found.append(_layers(profile["layers"]))
     operators = profile.get("operators")
     if operators:
         found.append(_operators(operators))
@@ -72,6 +76,23 @@ def tables(profile: Mapping[str, Any]) -> list[Table]:
         if profile.get(key):
             found.append(_sweep(title, column, profile[key]))
     return found
+
+
+def _layers(found: Mapping[str, Any]) -> Table:
+    columns = ["layers", "number", "became", "pattern", "values", "bits a weight", "weights"]
+    rows = [
+        [
+            row["layer"],
+            str(row["count"]),
+            row["kind"],
+            row["pattern"],
+            f"int{row['bits']}",
+            f"{row['bits_per_weight']:g}",
+            f"{row['weights']:,}",
+        ]
+        for row in found["rows"]
+    ]
+    return f"Layers, {found['bits_per_weight']:.3g} bits a weight", columns, rows
 
 
 def _operators(operators: Mapping[str, Any]) -> Table:

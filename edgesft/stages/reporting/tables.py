@@ -188,6 +188,7 @@ def profiles(runs: Sequence[Run]) -> Table:
         "held back": lambda r: plain((r.get("throttled") or {}).get("reasons")),
         "quantised": lambda r: plain(r.get("quantize")),
         "pattern": lambda r: plain(r.get("pattern")),
+        "bits a weight": lambda r: plain((r.get("layers") or {}).get("bits_per_weight")),
     }
     for title, cell in one_a_run.items():
         cells = [cell(r.record) for r in runs]
@@ -228,6 +229,30 @@ def sweep(runs: Sequence[Run], field: str, by: str, title: str) -> Table:
 
 def _middle(value: object) -> object:
     return value.get("p50") if isinstance(value, Mapping) else value
+
+
+def layers(run: Run) -> Table:
+    """What an export with packed layers made of them."""
+    found = run.record.get("layers") or {}
+    rows = [
+        [
+            str(row["layer"]),
+            plain(row["count"]),
+            str(row["kind"]),
+            str(row["pattern"]),
+            f"int{row['bits']}",
+            plain(row["bits_per_weight"]),
+            f"{row['weights']:,}",
+        ]
+        for row in found.get("rows") or []
+    ]
+    note = (
+        "packed: 2:4, stored without its zeros; tiled: dense, in the same tiles; dense: the runtime's own. "
+    )
+    if rows:
+        note += f"{plain(found['bits_per_weight'])} bits a weight in all, scales included."
+    columns = ("layers", "number", "became", "pattern", "values", "bits a weight", "weights")
+    return Table(f"Layers of {run.name}", columns, rows, note)
 
 
 def operators(run: Run) -> Table:

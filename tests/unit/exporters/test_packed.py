@@ -7,60 +7,25 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from edgesft.core.errors import ArtifactError, DeviceError
 from edgesft.exporters import measure, packing
+from edgesft.exporters import onnx as exporter
+from edgesft.exporters import operators as operators_of
+from edgesft.exporters.costs import Call, cost
+from edgesft.exporters.description import PLAIN
 from edgesft.exporters.dialects.graph import Precision
 from edgesft.exporters.dialects.packed import Layer
-from edgesft.exporters.onnx import export
 from edgesft.exporters.probe import Probe, weights
 from edgesft.exporters.readback import dequantized
 from edgesft.exporters.runtime import OnnxRunnable, generate
 from edgesft.kernels.nm_matmul import layout, library
 
+from .sparse_models import FAMILIES, by_turns, exported
+
 pytestmark = pytest.mark.skipif(library.load() is None, reason="no compiled kernels on this machine")
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
-FAMILIES = {
-    "llama": lambda: LlamaConfig(**SIZES, intermediate_size=96, tie_word_embeddings=True),
-    "llama-biased": lambda: LlamaConfig(**SIZES, intermediate_size=96, attention_bias=True, mlp_bias=True),
-    "llama-odd": lambda: LlamaConfig(**{**SIZES, "hidden_size": 48, "head_dim": 16}, intermediate_size=72),
-    "qwen2": lambda: Qwen2Config(**SIZES, intermediate_size=80),
-    "qwen3": lambda: Qwen3Config(**SIZES, intermediate_size=96, head_dim=32, tie_word_embeddings=True),
-}
-
-
-def make_sparse(folder: Path, config: PretrainedConfig, dense: str = "none") -> Path:
-    """A random model that is 2:4 in its blocks, but for weights with `dense` in their names."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_((0.08 if parameter.dim() > 1 else 0.2) * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    tensors = load_file(folder / "model.safetensors")
-    for name, w in tensors.items():
-        if "proj" in name and dense not in name and w.ndim == 2:
-            groups = w.reshape(w.shape[0], -1, 4)
-            groups.scatter_(-1, groups.abs().argsort(-1)[..., :2], 0.0)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def exported(root: Path, family: str = "llama", dense: str = "none", **options) -> tuple[Path, Path]:
-    precision = options.pop("precision", Precision("int4", 32, 0))
-    model, out = make_sparse(root / "model", FAMILIES[family](), dense), root / "out"
-    out.mkdir()
-    export(model, out, precision, sparse=options.pop("sparse", "always"))
-    return model, out
 
 
 def torch_logits(model: Path, ids: np.ndarray, out: Path) -> np.ndarray:
@@ -148,16 +113,7 @@ def test_a_layer_that_is_not_two_of_four_is_tiled(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "llama-odd", "qwen3"])
 def test_any_mixture_computes_the_same(tmp_path, family, monkeypatch):
     """Packed, tiled and MatMulNBits by turns: norms, sums and the gate are fused or not, layer by layer."""
-    from edgesft.exporters import onnx as exporter
-    from edgesft.exporters.dialects.packed import KINDS, Choice
-
-    count = iter(range(1000))
-
-    def turns(layer):
-        kinds = KINDS if layer.sparse else KINDS[1:]
-        return Choice(kinds[next(count) % len(kinds)])
-
-    monkeypatch.setattr(exporter, "_always", turns)
+    monkeypatch.setattr(exporter, "_always", by_turns())
     model, out = exported(tmp_path, family)
     assert {"PackedLinear", "MatMulNBits"} <= set(operators(out))
     ids = np.random.default_rng(0).integers(0, 96, (1, 11))
@@ -198,6 +154,7 @@ def test_auto_without_the_library_is_dense(tmp_path, monkeypatch, capsys):
 
 def test_a_device_without_the_library_is_told(tmp_path, monkeypatch):
     _, out = exported(tmp_path)
+    (out / PLAIN).unlink()  # as in exports of old
     monkeypatch.setenv("EDGESFT_NATIVE", "0")
     with pytest.raises(DeviceError, match="packed weights need the compiled kernels") as caught:
         OnnxRunnable(out, threads=1)
@@ -235,6 +192,63 @@ def test_a_description_that_does_not_fit_is_refused(tmp_path, key, value, words)
         dict(dequantized(out))
 
 
+def external(out, name):
+    """The mapped bytes of an initializer in the data file."""
+    model = onnx.load(str(out / "model.onnx"), load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.name == name)
+    place = {e.key: e.value for e in tensor.external_data}
+    return np.memmap(out / "model.onnx.data", np.uint8, "r+", int(place["offset"]), (int(place["length"]),))
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "value", "words"),
+    [
+        ("layers.0.qkv.stream", slice(0, 2), 0, "two places of a group"),  # the same one twice
+        ("layers.1.down.packed_scales", slice(0, 2), 0xFF, "not finite"),
+    ],
+)
+def test_data_that_were_altered_are_refused(tmp_path, name, at, value, words):
+    """By their hashes where an artefact is loaded; and by the operation itself wherever it is loaded."""
+    _, out = exported(tmp_path)
+    data = external(out, name)
+    data[at] = value
+    data.flush()
+    with pytest.raises(ArtifactError, match=words):
+        OnnxRunnable(out, threads=1)
+    with pytest.raises(ArtifactError, match=words if "places" in words else "is broken"):
+        dict(dequantized(out))
+
+
+def test_data_that_are_cut_off_are_refused(tmp_path):
+    _, out = exported(tmp_path)
+    file = out / "model.onnx.data"
+    with file.open("r+b") as data:
+        data.truncate(file.stat().st_size - 5000)
+    for read in (lambda: OnnxRunnable(out, threads=1), lambda: dict(dequantized(out))):
+        with pytest.raises(ArtifactError, match=r"has [\d]+ bytes, tensor `.*` of `model.onnx` needs"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("version", 2, "this library reads format 1 and the model has 2"),
+        ("rows", 112, "another size"),
+        ("columns", 96, "another size"),
+        ("group", 64, "another number"),
+        ("value", 1, "another size"),
+    ],
+)
+def test_a_graph_that_does_not_fit_its_data_is_refused(tmp_path, name, value, words):
+    _, out = exported(tmp_path)
+    model = onnx.load(str(out / "model.onnx"), load_external_data=False)
+    node = next(n for n in model.graph.node if n.name == "layers.0.qkv/PackedLinear")
+    next(a for a in node.attribute if a.name == name).i = value
+    (out / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match=words):
+        OnnxRunnable(out, threads=1)
+
+
 def test_rows_by_turns_come_apart_again():
     rng = np.random.default_rng(0)
     parts = [rng.standard_normal((48, 8)).astype(np.float32) for _ in range(2)]
@@ -264,14 +278,83 @@ def test_a_measurement_tells_forms_apart():
 
 
 def test_inspect_says_what_became_of_the_layers(tmp_path, monkeypatch):
-    from edgesft.stages import inspection
+    from edgesft.stages import inspection, layers
 
     monkeypatch.setattr(measure, "COLD_BYTES", 1 << 16)
     _, out = exported(tmp_path, sparse="auto")
-    found = inspection._packed(out)
-    assert set(found) >= {"head", "layers.*.qkv", "layers.*.down"}
-    for line in found.values():
+    found = inspection._layers(out)
+    assert (found["graph"], found["without the kernels"]) == ("model.onnx", "model.plain.onnx")
+    assert set(found["layers"]) >= {"all", "head", "layers.*.qkv", "layers.*.down"}
+    for name, line in found["layers"].items():
         assert "bits a weight" in line
-        assert " us" in line
+        assert name == "all" or " us" in line
     (tmp_path / "empty").mkdir()
-    assert inspection._packed(tmp_path / "empty") == {}
+    assert inspection._layers(tmp_path / "empty") == {}
+    rows = json.loads((out / "export.json").read_text())["packed"]
+    summed = layers.read(out)
+    assert sum(row["count"] for row in summed["rows"]) == len(rows) == 9
+    assert sum(row["weights"] for row in summed["rows"]) == sum(r["rows"] * r["columns"] for r in rows)
+    assert summed["packed"] + summed["tiled"] + summed["dense"] == 9
+    bits = sum(r["rows"] * r["columns"] * r["bits_per_weight"] for r in rows)
+    assert summed["bits_per_weight"] == pytest.approx(
+        bits / sum(r["rows"] * r["columns"] for r in rows), abs=1e-3
+    )
+
+
+def test_what_a_node_moves_is_counted_from_its_bytes(tmp_path):
+    _, out = exported(tmp_path)  # hidden 64, vocabulary 96
+    graph = operators_of.read_graph(out)
+    entries = json.loads((out / "export.json").read_text())["weights"]
+    sizes = {
+        t.name: t for t in onnx.load(str(out / "model.onnx"), load_external_data=False).graph.initializer
+    }
+
+    def held(name):
+        parts = (("tensor", 1), ("scales", 2))
+        return sum(int(np.prod(sizes[entries[name][key]].dims)) * size for key, size in parts)
+
+    float_ = operators_of.Tensor
+    node = graph.nodes["layers.0.down/PackedLinear"]
+    inputs, outputs = (float_("float", (1, 3, 96)),), (float_("float", (1, 3, 64)),)
+    found = cost(Call("PackedLinear", node, inputs, outputs))
+    assert found.bytes == held("model.layers.0.mlp.down_proj.weight") + 4 * 3 * (96 + 64)
+    assert found.flops == 2 * 3 * 96 * 64
+    node = graph.nodes["layers.0.qkv/PackedLinear"]  # its norm is a weight of it too
+    inputs, outputs = (float_("float", (1, 1, 64)),), (float_("float", (1, 1, 128)),)
+    found = cost(Call("PackedLinear", node, inputs, outputs))
+    assert found.bytes == held("model.layers.0.self_attn.q_proj.weight") + 4 * (64 + 64 + 128)
+    node = graph.nodes["embedding/PackedEmbedding"]
+    ids, rows = float_("int64", (1, 5)), float_("float", (1, 5, 64))
+    found = cost(Call("PackedEmbedding", node, (ids,), (rows,)))
+    assert found.bytes == 4 * 5 * 64 + 5 * 64  # a byte a code; five of 96 rows
+    whole = {e["tensor"]: held(name) for name, e in entries.items() if "packed" in e}
+    norms = 4 * 64 * 5
+    rest = graph.weight_bytes - sum(whole.values()) - norms
+    assert 0 <= rest < 10_000  # tables of the rotary embedding, small integers
+    assert graph.parameters == sum(
+        r["rows"] * r["columns"] for r in json.loads((out / "export.json").read_text())["packed"]
+    )
+
+
+def test_the_plain_graph_is_counted_as_it_is_held(tmp_path, monkeypatch):
+    from edgesft.exporters import custom
+
+    _, out = exported(tmp_path)
+    packed = operators_of.read_graph(out)
+    for bits in (9, 32):
+        monkeypatch.setattr(custom, "plain_bits", lambda bits=bits: bits)
+        graph = operators_of.read_graph(out, PLAIN)
+        assert graph.parameters == packed.parameters
+        assert graph.cache_bytes == packed.cache_bytes
+        assert graph.weight_bytes == pytest.approx(graph.parameters * bits / 8, rel=0.2)
+
+
+def test_an_embedding_of_its_own_is_tiled(tmp_path):
+    """ONNX Runtime 1.22 has no gather of its own for codes of 8 bits."""
+    _, out = exported(tmp_path, "llama-biased")
+    found = operators(out)
+    assert "PackedEmbedding" in found
+    assert not {"GatherBlockQuantized", "MatMulNBits"} & set(found)
+    rows = json.loads((out / "export.json").read_text())["packed"]
+    kinds = {r["layer"]: (r["kind"], r["bits"]) for r in rows}
+    assert kinds["embedding"] == kinds["head"] == ("tiled", 8)

@@ -135,3 +135,10 @@ def test_targets() -> None:
 def test_values_are_checked_at_the_border(values: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         validate(Export, values, "export")
+
+
+def test_packed_weights_are_quantised_ones() -> None:
+    with pytest.raises(UsageError, match="`--sparse always` packs quantised weights") as caught:
+        Export(sparse="always")
+    assert caught.value.hint == "--quantize int4"
+    Export(sparse="always", quantize="int8")

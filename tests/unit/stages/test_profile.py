@@ -367,6 +367,38 @@ def test_after_a_pause_the_first_prompt_and_step_are_timed(exported, fake, tmp_p
     assert fake[3]["idle_seconds"] == [0.5, 2.0]
 
 
+def test_packed_layers_are_part_of_the_profile(exported, fake, tmp_path, monkeypatch):
+    packed = {"layer": "layers.0.qkv", "kind": "packed", "pattern": "2:4", "bits": 4, "bits_per_weight": 3.5}
+    packed |= {"rows": 64, "columns": 32}
+    rows = [packed, {**packed, "layer": "layers.1.qkv"}]
+    rows.append(
+        {**packed, "layer": "head", "kind": "tiled", "pattern": "dense", "bits": 8, "bits_per_weight": 8.5}
+    )
+    about = {"quantize": "int4", "context": 600, "packed": rows}
+    (exported.path / "export.json").write_text(json.dumps(about))
+    (exported.path / "model.plain.onnx").write_bytes((exported.path / "model.onnx").read_bytes())
+    custom = runtime("exporters.custom")
+    monkeypatch.setattr(custom, "choose", lambda *_: custom.Chosen("model.onnx"))
+    found = made(exported, tmp_path / "p")
+    records.check("profile", found, tmp_path)
+    assert (found["layers"]["packed"], found["layers"]["tiled"]) == (2, 1)
+    assert found["layers"]["bits_per_weight"] == pytest.approx((3.5 * 2 + 8.5) / 3, abs=1e-3)
+    assert found["layers"]["graph"] == "model.onnx"
+    assert found["layers"]["rows"][0] == {
+        "layer": "layers.*.qkv", "count": 2, "kind": "packed", "pattern": "2:4", "bits": 4,
+        "bits_per_weight": 3.5, "weights": 4096,
+    }  # fmt: skip
+    assert profile.brief(found)["layers"] == "2 packed, 1 tiled, 0 dense: 5.17 bits a weight"
+    title, _, cells = profile.tables(found)[0]
+    assert title == "Layers, 5.17 bits a weight"
+    assert cells[0] == ["layers.*.qkv", "2", "packed", "2:4", "int4", "3.5", "4,096"]
+
+    monkeypatch.setattr(custom, "choose", lambda *_: custom.Chosen("model.plain.onnx", plain=True))
+    found = made(exported, tmp_path / "q")
+    assert found["layers"]["graph"] == "model.plain.onnx"
+    assert any("`model.plain.onnx` was measured" in note for note in found["notes"])
+
+
 def test_operators_come_from_a_process_of_their_own(exported, fake, tmp_path):
     found = made(exported, tmp_path / "out", operators=True, roofline=True)
     assert "operators" not in fake[2]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from transformers import AutoModel, BertConfig, LlamaConfig, LlamaForCausalLM
@@ -17,6 +18,7 @@ from edgesft.core.errors import ArtifactError, CheckFailed, UsageError
 from edgesft.core.stage import execute
 from edgesft.exporters import safety, traced
 from edgesft.exporters.runtime import OnnxRunnable
+from edgesft.kernels.nm_matmul import library
 from edgesft.stages import agreement, verify
 from edgesft.stages.export import Export
 from edgesft.stages.rounding import WeightCheck
@@ -386,3 +388,28 @@ def test_the_probe_leaves_the_file_alone(exported: Exported) -> None:
     exact, shipped = agreement.each(probe, ids), agreement.each(OnnxRunnable(found.path, threads=1), ids)
     assert 0 < np.abs(exact - shipped).max() < 0.1 * np.abs(exact).max()
     assert artifact.digest_folder(found.path) == before
+
+
+@pytest.mark.skipif(library.load() is None, reason="no compiled kernels on this machine")
+def test_the_graph_without_our_operations_is_checked_too(
+    tmp_path: Path, model: Artifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = Export(quantize="int4", sparse="always")
+    found = execute(stage, {"model": model}, tmp_path / "packed")[0]
+    report = verify.verify(found, model, tokens=2, threads=1)
+    assert report["ok"]
+    assert report["plain"]["max_rel"] < 1e-4
+    assert "without the kernels" in verify.brief(report)
+
+    file = found.path / "model.plain.onnx"
+    graph = onnx.load(str(file), load_external_data=False)
+    node = next(n for n in graph.graph.node if n.op_type == "Sparse4")
+    next(a for a in node.attribute if a.name == "unit").f *= 1.5
+    file.write_bytes(graph.SerializeToString())
+    broken = verify.verify(found, model, tokens=2, threads=1)
+    assert not broken["ok"]
+    assert broken["failures"][0].startswith("`model.plain.onnx` is off by")
+
+    monkeypatch.setattr(verify.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert verify.verify(found, model, tokens=2, threads=1)["plain"] is None
+    assert "`model.plain.onnx` is not checked: it takes" in capsys.readouterr().err

@@ -162,7 +162,7 @@ def _lengths(record: Mapping[str, Any], name: str) -> Iterator[tuple[int, float,
 def _inside(runs: Sequence[Run]) -> Section:
     """Where the time of a step goes."""
     section = Section("Inside a step")
-    section.add(tables.roofline(runs))
+    section.add(tables.roofline(runs), *(tables.layers(r) for r in runs))
     known = [r for r in runs if r.record.get("operators")]
     kinds = {r.name: _by_operator(r.record["operators"]) for r in known}
     section.plot(

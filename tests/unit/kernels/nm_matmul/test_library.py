@@ -91,18 +91,25 @@ def test_a_file_that_is_no_library_is_refused(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(library.load() is None, reason="no compiled kernels on this machine")
-@pytest.mark.parametrize("name", ["generic", "nonsense"])
+@pytest.mark.parametrize("name", ["generic", "nonsense", "avx512", "avx2", "neon_dot", "neon"])
 def test_the_environment_names_an_instruction_set(name):
-    """A machine with less is what `generic` stands for; a name that is none changes nothing."""
-    code = "from edgesft.kernels.nm_matmul import cpu; print(cpu.instruction_set())"
-    said = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"EDGESFT_ISA": name},
-        check=True,
-    ).stdout.strip()
-    assert said == name or (name == "nonsense" and said in ("avx512", "avx2", "neon_dot", "neon", "generic"))
+    """A machine with less is what `generic` stands for; one that it lacks changes nothing."""
+    code = (
+        "from edgesft.kernels.nm_matmul import cpu, library\n"
+        f"print(cpu.instruction_set(), library.load().edgesft_nm_select({name.encode()!r}))"
+    )
+
+    def said(**more):
+        kept = {k: v for k, v in os.environ.items() if k != "EDGESFT_ISA"}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, env=kept | more, check=True)
+        return done.stdout.split()
+
+    best, (used, present) = said()[0], said(EDGESFT_ISA=name)
+    assert used == (name if present == "1" else best)
+    assert present == "1" or name != "generic"
+    other = ("neon", "neon_dot") if best in ("avx512", "avx2") else ("avx2", "avx512")
+    assert present == "0" or name not in (*other, "nonsense")
 
 
 def test_nothing_is_compiled_for_the_machine_at_hand():

@@ -9,13 +9,15 @@ import pytest
 
 from edgesft.kernels.nm_matmul import units
 
-SELFTEST = Path(__file__).parents[3] / "native" / "nm_selftest.cpp"
+NATIVE = Path(__file__).parents[3] / "native"
+SELFTEST, ALLOCATIONS = NATIVE / "nm_selftest.cpp", NATIVE / "nm_allocations.cpp"
+WAYS = ("malloc", "calloc", "realloc", "aligned_alloc", "posix_memalign", "mmap")  # to memory
 
 
-def program(folder, compiler, machine, flags):
-    """The program, its units compiled for `machine`."""
+def program(folder, compiler, machine, flags, main=SELFTEST, linking=()):
+    """The program of `main`, its units compiled for `machine`; None where it cannot be linked so."""
     sources = [(path, more) for path, more in units.units(machine) if path.name != "ort_op.cpp"]
-    sources.append((SELFTEST, (f"-I{units.HERE}",)))
+    sources.append((main, (f"-I{units.HERE}",)))
     common = [flag for flag in units.COMMON if flag != "-O3"]
 
     def compiled(job):
@@ -30,7 +32,7 @@ def program(folder, compiler, machine, flags):
         objects = list(pool.map(compiled, sources))
     out = folder / "selftest"
     done = subprocess.run(
-        [compiler, *flags, *objects, "-pthread", "-o", str(out)], capture_output=True, text=True
+        [compiler, *flags, *objects, *linking, "-pthread", "-o", str(out)], capture_output=True, text=True
     )
     return out if done.returncode == 0 else None
 
@@ -52,6 +54,21 @@ def test_no_sanitizer_complains(tmp_path):
     if built is None:
         pytest.skip("this g++ has no sanitizers")
     passes([str(built)])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_products_allocate_nothing_once_they_ran(tmp_path):
+    """Of any kind of matrix, any number of rows, on two threads."""
+    import platform
+
+    wrapped = [f"-Wl,--wrap={way}" for way in WAYS]
+    built = program(tmp_path, "g++", platform.machine(), ("-O2",), ALLOCATIONS, wrapped)
+    if built is None:
+        pytest.skip("this linker cannot wrap functions")
+    done = subprocess.run([str(built)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]
+    assert done.stdout.endswith("calls without an allocation: 0 failures\n")
+    assert int(done.stdout.split()[0]) > 100
 
 
 @pytest.mark.skipif(

@@ -92,6 +92,18 @@ def test_an_encoder_and_missing_parts(run):
     assert "TTFT p50" not in page.text_content()
 
 
+def test_packed_layers_are_listed(run):
+    row = {"layer": "layers.*.qkv", "count": 30, "kind": "packed", "pattern": "2:4", "bits": 4,
+           "bits_per_weight": 3.5, "weights": 16_588_800}  # fmt: skip
+    found = {"packed": 30, "tiled": 0, "dense": 0, "bits_per_weight": 3.5, "rows": [row]}
+    _, page = parse([run("profile", layers=found)])
+    text = page.text_content()
+    assert "Layers of profile" in text
+    assert "layers.*.qkv" in text
+    assert "16,588,800" in text
+    assert "3.5 bits a weight in all" in text
+
+
 def test_equal_runs_give_equal_pages(every, whole):
     assert html.render(every) == whole[0]
 
