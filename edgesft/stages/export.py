@@ -20,7 +20,9 @@ class Export:
     """Write a model for a runtime.
 
     quantize: `int8` and `int4` cut matrices into blocks of `group` inputs with a scale each, packed 2:4 layers
-    into blocks of twice as many inputs, which keep `group` weights; exact zeros stay zero. accuracy_level: 4 computes in int8 (fast), 0 in float32 (exact), as MatMulNBits has it.
+    into blocks of twice as many inputs, of which they keep `group`; exact zeros stay zero. accuracy_level: 4
+    computes in int8 (fast), 0 in float32 (exact), as MatMulNBits has it. head: `int4` makes the head of an
+    int4 export smaller, and with it a tied embedding where it is packed; it costs quality (docs/results).
     sparse: what becomes of 2:4 layers when weights are quantised. `auto` stores them without their zeros
     where that is faster on this machine, measured layer by layer; `always` does it without measuring, dense
     layers in the same tiles; `never` writes ONNX Runtime's own operations only.
@@ -39,9 +41,7 @@ class Export:
     group: Annotated[Literal[16, 32, 64, 128, 256], Field(description="weights that share a scale")] = 32
     accuracy_level: Annotated[Literal[0, 1, 4], Field(description="4: int8 arithmetic; 0 or 1: float32")] = 4
     mixed: Annotated[bool, Field(description="int4 keeps the down projections at 8 bits")] = True
-    head: Annotated[
-        Literal["int8", "int4"], Field(description="of the head under int4, and of a tied embedding if packed")
-    ] = "int8"
+    head: Annotated[Literal["int8", "int4"], Field(description="of the head, under int4")] = "int8"
     sparse: Annotated[
         Literal["auto", "always", "never"], Field(description="`auto` packs 2:4 layers where that is faster")
     ] = "auto"

@@ -233,30 +233,20 @@ class _Packed(DecoderGraph):
 
     def embed(self, ids: ir.Value) -> ir.Value:
         d = self.d
-<<<<<<< HEAD
-        if not d.tied:
-            return super().embed(ids)
-        arrays, choice, layer = self._arrays("head", [d.embedding], "head")
-        if choice.kind == "dense" and layer.bits == 8:  # the runtime has no table of 4 bits for both
-            self._note(layer, choice, None)
-            return super().embed(ids)
-        choice = Choice("tiled", choice.seconds)
-        self.table_of_tokens = table = self._matrix(layer, choice, [d.embedding], arrays, turns=False)
-=======
         if d.tied:
             arrays, choice, layer = self._arrays("head", [d.embedding], "head")
-            if choice.kind == "dense":
+            if choice.kind == "dense" and layer.bits == 8:  # the runtime has no table of 4 bits for both
                 self._note(layer, choice, None)
                 return super().embed(ids)
+            choice = Choice("tiled", choice.seconds)
             self.table_of_tokens = table = self._matrix(layer, choice, [d.embedding], arrays, turns=False)
         else:
             # a few rows are read whatever the form: nothing to choose, and before 1.23 ONNX Runtime's own
             # gather has no codes of 8 bits
-            array, group = self.weights.get(d.embedding), packing.group_of(self.precision.group)
+            array, group = self.weights.get(d.embedding), packing.group_of(self.precision.group, sparse=False)
             bits = self.precision.bits("embedding")
             layer = Layer("embedding", d.vocabulary, d.hidden, bits, group, sparse=False)
             table = self._matrix(layer, Choice("tiled"), [d.embedding], [array], turns=False)
->>>>>>> plain
         said = attributes(table.packed)
         return self.op(EMBEDDING, [ids, table.stream, table.scales], "embedding", domain=DOMAIN, **said)[0]
 

@@ -71,9 +71,7 @@ def measured(rows, columns, threads, ggml, m=1, megabytes=MEGABYTES):
     for turn in range(ROUNDS + 1):
         bandwidth.append(ours.json({"read": threads})["bytes_per_second"])
         for name in rng.sample(names, len(names)):
-            took = (
-                float(theirs.ask(f"run {m}")) if name == GGML else ours.json({"run": name})["seconds"]
-            )
+            took = float(theirs.ask(f"run {m}")) if name == GGML else ours.json({"run": name})["seconds"]
             if turn:
                 seconds[name].append(took)
     ours.close()

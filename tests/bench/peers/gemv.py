@@ -1,7 +1,7 @@
 """Worker: one layer in ONNX Runtime, packed by us and quantised by it, and the roof of the machine.
 
-A line of JSON each way: {"open": {rows, columns, threads, megabytes, m}} makes sessions; {"run": name} gives {"seconds": of one
-layer}; {"read": threads} gives {"bytes_per_second": ...}.
+A line of JSON each way: {"open": {rows, columns, threads, megabytes, m}} makes sessions; {"run": name} gives
+{"seconds": of one layer}; {"read": threads} gives {"bytes_per_second": ...}.
 """
 
 import ctypes
