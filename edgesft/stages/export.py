@@ -19,10 +19,10 @@ _CARRIED = ("pattern", "density")  # a latency is never apart from what made it
 class Export:
     """Write a model for a runtime.
 
-    quantize: `int8` and `int4` cut matrices into blocks of `group` inputs with a scale each, packed 2:4 layers
-    into blocks of twice as many inputs, of which they keep `group`; exact zeros stay zero. accuracy_level: 4
-    computes in int8 (fast), 0 in float32 (exact), as MatMulNBits has it. head: `int4` makes the head of an
-    int4 export smaller, and with it a tied embedding where it is packed; it costs quality (docs/results).
+    quantize: `int8` and `int4` cut matrices into blocks of `group` inputs with a scale each, packed 2:4
+    layers into blocks of twice as many inputs, of which they keep `group`; exact zeros stay zero.
+    accuracy_level: 4 computes in int8 (fast), 0 in float32 (exact), as MatMulNBits has it. head: `int4` makes
+    the head of an int4 export smaller, and a tied embedding with it where it is packed; it costs quality.
     sparse: what becomes of 2:4 layers when weights are quantised. `auto` stores them without their zeros
     where that is faster on this machine, measured layer by layer; `always` does it without measuring, dense
     layers in the same tiles; `never` writes ONNX Runtime's own operations only.

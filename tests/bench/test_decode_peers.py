@@ -4,12 +4,12 @@
 
 EDGESFT_BENCH_PEERS is the Python of an environment with onnxruntime-genai and llama-cpp-python (and torch,
 transformers and gguf, to build their models). Two models: SmolLM2-135M pruned to 2:4 by magnitude, and the
-shape of Llama-3.2-1B with random weights. Each peer has its own builder's defaults for int4: the head is int4
-in one and 6-bit in the other. `ours` is int4 throughout (`mixed=false`, `head=int4`), `ours, 8-bit head` is the
-same with the head that an export has by default, and `ours dense` the first of weights that are not 2:4: what
-is between it and `ours` is due to sparsity, the rest to reaching the roof. Every contestant is a process that
-lives through the run; they take turns, one at a time, in an order drawn anew every round, and the median over
-rounds of the ratio inside a round is held against the bar.
+shape of Llama-3.2-1B with random weights. Each peer has its own builder's defaults for int4: the head has 4
+bits in one and 6 in the other. `ours` is int4 throughout (`mixed=false`, `head=int4`), `ours, 8-bit head` is
+the same with the head that an export has by default, and `ours dense` the first of weights that are not 2:4:
+what is between it and `ours` is due to sparsity, the rest to reaching the roof. Every contestant is a process
+that lives through the run; they take turns, one at a time, in an order drawn anew every round, and the median
+over rounds of the ratio inside a round is held against the bar.
 
 EDGESFT_BENCH_ROUNDS (9), EDGESFT_BENCH_MODELS (smollm2-135m,llama-3.2-1b), EDGESFT_BENCH_OUT (docs/results).
 """

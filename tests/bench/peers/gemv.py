@@ -10,8 +10,6 @@ import sys
 import threading
 import time
 
-import numpy as np
-
 from edgesft.exporters import measure
 from edgesft.exporters.dialects.packed import Layer
 from edgesft.kernels.nm_matmul import cpu

@@ -235,7 +235,7 @@ def test_data_that_are_cut_off_are_refused(tmp_path):
         ("version", 2, "this library reads format 1 and the model has 2"),
         ("rows", 112, "another size"),
         ("columns", 96, "another size"),
-        ("group", 64, "another number"),
+        ("group", 32, "another number"),
         ("value", 1, "another size"),
     ],
 )
