@@ -4,7 +4,7 @@
 so in config.json under `quantization_config`, so that a reader that does not know them refuses them by name.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
@@ -74,14 +74,15 @@ class Stored:
         self.files = Weights(path)
         self.packed: Any = {}
         self.compressed: Any = {}
-        hidden: tuple[str, ...] = ()
+        self._names = list(self.files)
         if self.form == PACKED:
             file = catalog.runtime("kernels.nm_matmul.file")
-            self.packed, hidden = file.Matrices(self.files), (file.STREAM, file.SCALES)
+            self.packed = file.Matrices(self.files)
+            self._names = _whole(self._names, {file.STREAM: "", file.SCALES: None})
         elif self.form != "dense":
-            self.compressed, hidden = compressed.Compressed(self.files), compressed.PARTS
-        plain = [name for name in self.files if not name.endswith(hidden)] if hidden else list(self.files)
-        self._names = [*plain, *self.packed, *self.compressed]
+            self.compressed = compressed.Compressed(self.files)
+            first, *others = compressed.PARTS
+            self._names = _whole(self._names, {first: compressed.WEIGHT, **dict.fromkeys(others)})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -121,3 +122,16 @@ class Stored:
         """What the folder calls a tensor of a model: one of a bare backbone lacks its prefix."""
         names = (name, name.removeprefix(prefix), prefix + name)
         return next((each for each in names if each in self), None)
+
+
+def _whole(names: Iterable[str], parts: Mapping[str, str | None]) -> list[str]:
+    """Names of whole tensors, in the order of the files. parts: suffix of a part -> that of the tensor, None
+    for parts that do not count."""
+    found = []
+    for name in names:
+        part = next((each for each in parts if name.endswith(each)), None)
+        if part is None:
+            found.append(name)
+        elif (suffix := parts[part]) is not None:
+            found.append(name.removesuffix(part) + suffix)
+    return found
