@@ -96,6 +96,13 @@ class Matrices(Mapping[str, Packed]):
         """One of `layout.VALUES`, as the file says."""
         return str(self._about[name].get("value"))
 
+    def nbytes(self, name: str) -> int:
+        """Bytes of its tensors."""
+        tensors = [name + suffix for suffix in (STREAM, SCALES) if name + suffix in self._weights]
+        return sum(
+            self._weights.info(tensor).numel * SIZES[self._weights.info(tensor).dtype] for tensor in tensors
+        )
+
     def __getitem__(self, name: str) -> Packed:
         """On the mapped file. Raises ArtifactError, KeyError."""
         entry = self._about[name]
