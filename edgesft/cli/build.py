@@ -178,6 +178,37 @@ def sparsify(
 
 
 @app.command(rich_help_panel="Stages")
+def convert(
+    model: Model,
+    out: Out,
+    to: Annotated[str, typer.Option(help="nm-packed, compressed-tensors or dense.", show_default=False)],
+    value: Annotated[
+        str | None,
+        typer.Option(help="nm-packed weights: int4, int8, fp16 or bf16.", show_default="int4"),
+    ] = None,
+    group: Annotated[
+        int | None,
+        typer.Option(help="Inputs that share a scale: 32, 64, 128 or 256.", show_default="64"),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(metavar="N:M", help="Insist on it.", show_default="found for each matrix"),
+    ] = None,
+    json: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Store the weights of MODEL in another way: packed (docs/format.md), 2:4 compressed, or plain.
+
+    Example: edgesft convert out/sparse --to nm-packed --value int4 -o out/packed
+    """
+    from edgesft.core import models
+    from edgesft.stages.convert import Convert
+
+    stage = Convert.from_options({"to": to, **given(value=value, group=group, pattern=pattern)})
+    write(stage, {"model": models.resolve(model)}, out, json=json, dry_run=dry_run)
+
+
+@app.command(rich_help_panel="Stages")
 def export(
     model: Model,
     out: Out,

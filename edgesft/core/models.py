@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from edgesft.core import artifact, cache, demo
+from edgesft.core import artifact, cache, catalog, demo, stored
 from edgesft.core.artifact import Artifact
 from edgesft.core.errors import ArtifactError
 from edgesft.core.tokens import Tokenizer, read_json
@@ -180,14 +180,15 @@ def _check_folder(path: Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json without keys that can bring code in. Raises ArtifactError for quantised weights."""
+    """config.json without keys that can bring code in.
+
+    Raises ArtifactError for weights quantised in a way that `core.stored` does not read.
+    """
     config = read_json(path / "config.json")
     if not isinstance(config.get("model_type"), str):
         raise ArtifactError(f"`{path / 'config.json'}` names no `model_type`")
-    if config.get("quantization_config"):
-        method = dict(config["quantization_config"]).get("quant_method")
-        raise ArtifactError(f"`{path}` holds weights quantised by `{method}`, expected plain ones")
-    return {key: _safe(value) for key, value in config.items() if _allowed(key)}
+    stored.form_of(config, path)
+    return {k: _safe(v) for k, v in config.items() if _allowed(k) and k not in stored.KEYS}
 
 
 def _safe(value: Any) -> Any:  # noqa: ANN401 - JSON
@@ -228,6 +229,7 @@ def check_weights(path: Path) -> None:
 def load(path: Path, *, dtype: str = "float32") -> "nn.Module":
     """The model of a folder in eval mode, on the CPU, weights as `dtype` (a torch name), no gradients asked.
 
+    Linear layers of a folder that is nm-packed stay packed, on the mapped file.
     Raises ArtifactError when weights are missing, of a wrong shape, NaN or infinite, or when transformers
     does not know the architecture.
     """
@@ -236,6 +238,9 @@ def load(path: Path, *, dtype: str = "float32") -> "nn.Module":
     from transformers.utils import logging
 
     _check_folder(path)
+    if stored.form(path) != "dense":
+        unusual: nn.Module = catalog.runtime("kernels.nm_matmul.model").load(path, dtype=dtype)
+        return unusual
     logging.disable_progress_bar()  # only core.console speaks
     auto = AutoModelForCausalLM if kind(path) == "decoder" else AutoModel
     try:
@@ -376,13 +381,18 @@ def save(
         return tensor
 
     write_folder(out, plan, get)
+    wide = {"dtype": "float32"} if dtype == "float32" else {}
+    copy_about(source, out, dict(config or {}) | wide)
+
+
+def copy_about(source: Path, out: Path, config: Mapping[str, Any]) -> None:
+    """Everything of a model folder but its weights; config: keys to set in config.json, None to take out."""
     copy_files(source, out)
-    settings = read_json(source / "config.json") | dict(config or {})
-    for key in UNSAFE_KEYS:
-        settings.pop(key, None)
-    if dtype == "float32":
+    settings = read_json(source / "config.json") | dict(config)
+    if "dtype" in config:
         settings.pop("torch_dtype", None)
-        settings["dtype"] = "float32"
+    for key in (*UNSAFE_KEYS, *(key for key, value in config.items() if value is None)):
+        settings.pop(key, None)
     artifact.write_json(out / "config.json", settings)
 
 

@@ -16,6 +16,8 @@ from edgesft.core.artifact import safe_name, write_json
 from edgesft.core.errors import ArtifactError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
     from torch import Tensor
 
@@ -60,7 +62,9 @@ class Weights:
         self.path = path
         self._info: dict[str, TensorInfo] = {}
         self._open: dict[Path, Any] = {}
-        for file in _files(path):
+        self._maps: dict[Path, Any] = {}
+        self.files = _files(path)
+        for file in self.files:
             for name, info in read_header(file).items():
                 if name in self._info:
                     raise ArtifactError(f"`{file}` repeats the tensor `{name}` of `{self._info[name].file}`")
@@ -108,6 +112,19 @@ class Weights:
 
     __getitem__ = get
 
+    def mapped(self, name: str) -> "npt.NDArray[np.uint8]":
+        """The bytes of the tensor where they lie in a private mapping of its file.
+
+        They are read when they are touched; what is written to them never reaches the file.
+        """
+        import numpy as np
+
+        info = self.info(name)
+        if info.file not in self._maps:
+            self._maps[info.file] = np.asarray(np.memmap(info.file, np.uint8, "c"))
+        found: npt.NDArray[np.uint8] = self._maps[info.file][info.start : info.end]
+        return found
+
     def items(self) -> "Iterator[tuple[str, Tensor]]":
         """(name, tensor), one at a time."""
         for name in self._info:
@@ -143,6 +160,28 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """Every tensor of one safetensors file, checked against the size of the file. Raises ArtifactError."""
+    header, base = _header(file)
+    header.pop("__metadata__", None)
+    try:
+        if len(header) > TENSOR_LIMIT:
+            raise ValueError(f"{len(header)} tensors, expected at most {TENSOR_LIMIT}")
+        found = {name: _entry(file, name, entry, base) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"`{file}` is no valid safetensors file: {error}") from None
+    _check_layout(file, found, base, file.stat().st_size)
+    return found
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says about itself. Raises ArtifactError."""
+    found = _header(file)[0].get("__metadata__", {})
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ArtifactError(f"`{file}` is no valid safetensors file: its metadata are not strings")
+    return found
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file and where its data begin."""
     if not file.is_file():
         raise ArtifactError(f"`{file}` does not exist")
     size = file.stat().st_size
@@ -158,14 +197,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         header = json.loads(text, object_pairs_hook=_unique)
         if not isinstance(header, dict):
             raise ValueError("it is no JSON object")
-        header.pop("__metadata__", None)
-        if len(header) > TENSOR_LIMIT:
-            raise ValueError(f"{len(header)} tensors, expected at most {TENSOR_LIMIT}")
-        found = {name: _entry(file, name, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"`{file}` is no valid safetensors file: {error}") from None
-    _check_layout(file, found, 8 + length, size)
-    return found
+    return header, 8 + length
 
 
 def _entry(file: Path, name: str, entry: Mapping[str, Any], base: int) -> TensorInfo:
@@ -292,8 +326,16 @@ def _write_tensor(file: Any, planned: Planned, tensor: "Tensor") -> None:  # noq
         file.write(flat.view(torch.uint8).numpy().data)  # numpy's tofile forgets why a write failed
 
 
-def write_folder(out: Path, plan: Iterable[Planned], get: "Callable[[str], Tensor]") -> list[Path]:
-    """model.safetensors, or shards of at most 5 GB with their index. Returns the files written."""
+def write_folder(
+    out: Path,
+    plan: Iterable[Planned],
+    get: "Callable[[str], Tensor]",
+    metadata: Callable[[Sequence[Planned]], Mapping[str, str]] | None = None,
+) -> list[Path]:
+    """model.safetensors, or shards of at most 5 GB with their index. Returns the files written.
+
+    metadata: what a file says of the tensors in it.
+    """
     shards: list[list[Planned]] = [[]]
     room = SHARD_BYTES
     for each in plan:
@@ -302,12 +344,13 @@ def write_folder(out: Path, plan: Iterable[Planned], get: "Callable[[str], Tenso
             room = SHARD_BYTES
         shards[-1].append(each)
         room -= each.bytes
+    about = [metadata(shard) if metadata else None for shard in shards]
     if len(shards) == 1:
-        write_file(out / SINGLE, shards[0], get)
+        write_file(out / SINGLE, shards[0], get, about[0])
         return [out / SINGLE]
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        write_file(out / name, shard, get)
+    for name, shard, said in zip(names, shards, about, strict=True):
+        write_file(out / name, shard, get, said)
     total = sum(p.bytes for shard in shards for p in shard)
     where = {p.name: name for name, shard in zip(names, shards, strict=True) for p in shard}
     write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": where})

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from edgesft.core import models
+from edgesft.core import models, stored
 from edgesft.core.artifact import Artifact, Workdir
 from edgesft.core.catalog import runtime
 from edgesft.core.errors import DeviceError, UsageError, nearest
@@ -74,7 +74,11 @@ class Export:
         )
 
     def problems(self, inputs: Mapping[str, Artifact]) -> list[str]:
-        """Whether the architecture can be exported at this precision."""
+        """Whether the architecture can be exported at this precision.
+
+        Raises ArtifactError for weights that are not plain.
+        """
+        stored.require_plain(inputs["model"], "export")
         found: list[str] = runtime("exporters.onnx").problems(
             inputs["model"].path, self._precision(), self.tunable
         )

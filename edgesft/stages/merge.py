@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from edgesft.core import stored
 from edgesft.core.artifact import Artifact, Workdir
 from edgesft.core.errors import UsageError
 
@@ -44,11 +45,12 @@ class Merge:
         return asdict(self)
 
     def problems(self, inputs: Mapping[str, Artifact]) -> list[str]:
+        stored.require_plain(inputs["model"], "merge")
         self._check_step(_deltas(inputs))
         found = []
         for delta in _deltas(inputs):
             base = delta.manifest.get("inputs", {}).get("model")
-            same = base is None or base == inputs["model"].digest
+            same = base is None or base in (inputs["model"].digest, _converted(inputs["model"]))
             if not same and not self.allow_other_base and not _exported(delta, inputs["model"]):
                 found.append(
                     f"`{delta.ref}` was trained on another model than `{inputs['model'].ref}`: "
@@ -139,6 +141,15 @@ class _Merged(Mapping[str, "Tensor"]):
         kept = int((written != base).sum())
         self.changed_values += kept
         self.lost += max(0, wanted - kept)
+
+
+def _converted(model: Artifact) -> str | None:
+    """The digest of the model that this one was made of by `convert --to dense`: the same weights."""
+    params = model.manifest.get("params", {})
+    if model.manifest.get("stage") != "convert" or params.get("to") != "dense":
+        return None
+    found: str | None = model.manifest.get("inputs", {}).get("model")
+    return found
 
 
 def _exported(delta: Artifact, model: Artifact) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, InstanceOf
 
-from edgesft.core import catalog, console, threads
+from edgesft.core import catalog, console, stored, threads
 from edgesft.core.artifact import Artifact, Workdir
 from edgesft.core.data import DataOptions
 from edgesft.core.errors import ArtifactError, UsageError
@@ -88,6 +88,7 @@ class Sparsify:
         found = inputs["model"]
         if found.kind != "model":
             return [f"`{found.ref}` is of kind `{found.kind}`, expected `model`"]
+        stored.require_plain(found, "sparsify")
         if not self.compress.needs:
             return []
         if "data" not in inputs:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, InstanceOf, WithJsonSchema
 
-from edgesft.core import catalog
+from edgesft.core import catalog, stored
 from edgesft.core.artifact import Artifact, Workdir
 from edgesft.core.data import DataOptions
 from edgesft.core.errors import UsageError
 from edgesft.core.method import Method
 from edgesft.core.params import BatchSize, Count, LearningRate, Seed, Steps, validate
+from edgesft.stages.tuning import bases
 from edgesft.stages.tuning.run import Run
 from edgesft.stages.tuning.trainee import Beside, InPlace, Trainee
 
@@ -131,6 +132,7 @@ class Tune:
             return found or self._onnx_problems()
         if models.kind(inputs["model"].path) != "decoder":
             return [f"`{inputs['model'].ref}` is an encoder; tune needs a model that predicts the next token"]
+        bases.check(self, inputs["model"])
         return []
 
     def _onnx_problems(self) -> list[str]:
@@ -235,7 +237,10 @@ class Tune:
             dtype = "bfloat16" if self.compute == "bf16" else "float32"  # of activations
             return quantized.load(model.path, bits=BITS[self.base], group=self.group, dtype=dtype)
         memory.tighten(4 << 20)  # of the activations of a few hundred tokens only the logits are larger
-        return models.load(model.path, dtype=DTYPES[self.base])
+        loaded = models.load(model.path, dtype=DTYPES[self.base])
+        if stored.form(model.path) == stored.PACKED:
+            catalog.runtime("kernels.nm_matmul.model").exact(loaded)
+        return loaded
 
     @property
     def _stored_as(self) -> str:
@@ -284,7 +289,8 @@ class Tune:
             from edgesft.core import quantized
 
             return quantized.numel(model)
-        return sum(p.numel() for p in model.parameters())
+        found: int = catalog.runtime("kernels.nm_matmul.model").numel(model)
+        return found
 
     def _layers(self, model: Any) -> Mapping[str, Any]:  # noqa: ANN401 - nn.Module
         from edgesft.core import models
@@ -293,7 +299,10 @@ class Tune:
             from edgesft.core import quantized
 
             return quantized.layers(model)
-        return models.linears(model)
+        packed: Mapping[str, Any] = catalog.runtime("kernels.nm_matmul.model").layers(model)
+        return (
+            packed if any(hasattr(layer, "quantized") for layer in packed.values()) else models.linears(model)
+        )
 
     def _base_of(self, source: Artifact) -> Any:  # noqa: ANN401 - layer -> Tensor or Quantized
         """Gives the pretrained weight of a layer as the run holds it."""

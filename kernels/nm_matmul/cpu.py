@@ -7,8 +7,8 @@ from typing import ClassVar, Final
 import numpy as np
 
 from edgesft.kernels import native
-from edgesft.kernels.nm_matmul import layout, library
-from edgesft.kernels.nm_matmul.layout import Floats, NotPacked, Packed
+from edgesft.kernels.nm_matmul import layout, library, reference
+from edgesft.kernels.nm_matmul.layout import DENSE, TWO_FOUR, Floats, NotPacked, Packed
 
 LEVELS: Final = (0, 4)
 
@@ -87,13 +87,27 @@ def _team() -> int | None:
 
 
 class Weights:
-    """A packed matrix in memory of the kernels, on huge pages. Raises NotPacked, DeviceError, MemoryError."""
+    """A packed matrix in memory of the kernels, on huge pages. Raises NotPacked, DeviceError, MemoryError.
+
+    A pattern that the kernels do not stream is 2:4 or dense here. Numbers of 16 bits in such a pattern have
+    no kernel at all: they are multiplied as a float32 matrix by numpy.
+    """
 
     def __init__(self, packed: Packed) -> None:
-        layout.sizes(packed.rows, packed.columns, packed.sparse, packed.value, packed.group)
+        layout.check(packed) if packed.pattern not in (TWO_FOUR, DENSE) else _check_sizes(packed)
         self._library = functions()
         self._memory: int | None = None
+        self._floats: Floats | None = None
+        streamed = layout.streamed(packed)
+        if streamed is None:
+            self._floats = layout.dense(packed)
+        else:
+            packed = streamed
         self.packed = packed
+        if self._floats is None:
+            self._load(packed)
+
+    def _load(self, packed: Packed) -> None:
         stream = np.ascontiguousarray(packed.stream)
         scales = np.ascontiguousarray(packed.scales)
         self._given = _Given(
@@ -143,12 +157,37 @@ class Weights:
             raise ValueError(f"a gate needs a multiple of {2 * layout.ROWS} rows, not {self.packed.rows}")
         if level not in LEVELS:
             raise ValueError(f"level is {level}, expected one of {LEVELS}")
+        if self._floats is not None:
+            self._multiply(self._floats, (x, y, bias, residual, norm), m, epsilon=epsilon, gate=gate)
+            return
         made = _Call(x, norm, bias, residual, y, m, epsilon, int(gate), level)
         team = _team() if threads > 1 else None
         if self._library.edgesft_nm_linear(
             ctypes.byref(self._given), self._memory, ctypes.byref(made), team, threads
         ):
             raise MemoryError("no memory for the rows of a packed product")
+
+    def _multiply(
+        self,
+        weight: Floats,
+        at: tuple[int, int, int | None, int | None, int | None],
+        m: int,
+        *,
+        epsilon: float,
+        gate: bool,
+    ) -> None:
+        """`call` for a matrix that no kernel streams. at: x, y, bias, residual, norm."""
+        rows, columns = weight.shape
+        width = rows // 2 if gate else rows
+        shapes = ((m, columns), (m, width), (rows,), (m, width), (columns,))
+        x, y, bias, residual, norm = (
+            None if place is None else _view(place, shape) for place, shape in zip(at, shapes, strict=True)
+        )
+        assert x is not None
+        assert y is not None
+        y[...] = reference.product(
+            weight, x, bias=bias, residual=residual, norm=norm, epsilon=epsilon, gate=gate, kind=np.float32
+        )
 
     def linear(
         self,
@@ -193,11 +232,24 @@ class Weights:
         which = np.ascontiguousarray(which, np.int64)
         if which.size and (which.min() < 0 or which.max() >= self.packed.rows):
             raise IndexError(f"a row beyond 0 .. {self.packed.rows - 1}")
+        if self._floats is not None:
+            return self._floats[which]
         y = np.empty((which.size, self.packed.columns), np.float32)
         self._library.edgesft_nm_rows(
             ctypes.byref(self._given), self._memory, which.ctypes.data, which.size, y.ctypes.data
         )
         return y
+
+
+def _check_sizes(packed: Packed) -> None:
+    """Raise NotPacked for what the layout does not have; the library itself checks the rest."""
+    layout.sizes(packed.rows, packed.columns, packed.pattern, packed.value, packed.group)
+
+
+def _view(address: int, shape: tuple[int, ...]) -> Floats:
+    """float32 memory at an address as an array."""
+    found = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
+    return np.ctypeslib.as_array(found, shape)
 
 
 def read_bandwidth(megabytes: int = 128, rounds: int = 7) -> float:

@@ -30,7 +30,9 @@ def register(options: Any) -> Any:  # noqa: ANN401 - onnxruntime.SessionOptions,
 
 
 def attributes(packed: layout.Packed) -> dict[str, int | float]:
-    """Of a node that holds this matrix."""
+    """Of a node that holds this matrix. Raises NotPacked for a pattern that the operations lack."""
+    if packed.pattern not in (layout.TWO_FOUR, layout.DENSE):
+        raise layout.NotPacked(f"ONNX Runtime's operations have 2:4 and dense, not {packed.pattern}")
     return {
         "rows": packed.rows,
         "columns": packed.columns,

@@ -1,6 +1,6 @@
 """What a packed product is, in numpy; slow, and what every kernel is held against."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -36,11 +36,37 @@ def linear(
     norm (columns,): x is divided by its root mean square and multiplied by it before. level: 4 computes with
     x in int8, 0 as it is. gate: rows come by turns of 16, gate and up; y (m, rows / 2) = silu(gate) * up.
     """
+    exact = level != 4 or packed.value not in layout.OFFSETS
+    return product(
+        layout.dense(packed),
+        x,
+        bias=bias,
+        residual=residual,
+        norm=norm,
+        epsilon=epsilon,
+        gate=gate,
+        rounded=not exact,
+    )
+
+
+def product(
+    weight: Floats,
+    x: Floats,
+    *,
+    bias: Floats | None = None,
+    residual: Floats | None = None,
+    norm: Floats | None = None,
+    epsilon: float = 0.0,
+    gate: bool = False,
+    rounded: bool = False,
+    kind: type[np.floating[Any]] = np.float64,
+) -> Floats:
+    """`linear` with a matrix of floats (rows, columns). rounded: x in int8. kind: what it is summed in."""
     if norm is not None:
         x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(epsilon)) * norm
-    if level == 4 and packed.value in layout.OFFSETS:
+    if rounded:
         x = quantized(x)
-    y = x.astype(np.float64) @ layout.dense(packed).T.astype(np.float64)
+    y = x.astype(kind) @ weight.T.astype(kind)
     if bias is not None:
         y = y + bias
     if gate:
@@ -48,7 +74,8 @@ def linear(
         y = (turns[:, :, 0] / (1 + np.exp(-turns[:, :, 0])) * turns[:, :, 1]).reshape(len(y), -1)
     if residual is not None:
         y = y + residual
-    return y.astype(np.float32)
+    made: Floats = y.astype(np.float32)
+    return made
 
 
 class Reference:

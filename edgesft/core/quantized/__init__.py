@@ -31,6 +31,7 @@ __all__ = [
     "nbytes",
     "numel",
     "quantize",
+    "skeleton",
 ]
 
 STRIP = 1 << 19  # float weights made at a time in a backward pass: 2 MiB
@@ -185,7 +186,7 @@ def load(
     settings out of range.
     """
     memory.tighten()
-    model = _skeleton(path, dtype)
+    model = skeleton(path, dtype)
     reader = _Reader(path, model)
     for name, linear in models.linears(model).items():
         quantized = reader.quantized(f"{name}.weight", linear.weight, bits, group)
@@ -202,8 +203,11 @@ def load(
     return module
 
 
-def _skeleton(path: Path, dtype: str) -> Any:  # noqa: ANN401 - transformers is untyped
-    """The model without weights; buffers that no file holds, such as rotary frequencies, are real."""
+def skeleton(path: Path, dtype: str) -> Any:  # noqa: ANN401 - transformers is untyped
+    """The model without weights; buffers that no file holds, such as rotary frequencies, are real.
+
+    Raises ArtifactError for an architecture that transformers does not know.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModel, AutoModelForCausalLM
 

@@ -142,10 +142,12 @@ def _load(model: Artifact) -> dict[str, Any]:
 
 
 def _torch_load(model: Artifact) -> dict[str, Any]:
-    """torch computes in float32 whatever the file holds; the embedding counts where it is also the head."""
+    """torch computes in float32 whatever the file holds, but for packed weights; the embedding counts where
+    it is also the head."""
     from edgesft.core import models
+    from edgesft.core.stored import Stored
 
-    config, weights = models.read_config(model.path), models.tensors(model.path)
+    config, weights = models.read_config(model.path), Stored(model.path)
     shapes = {name: weights.shape(name) for name in weights}
     matrices = {n: math.prod(s) for n, s in shapes.items() if len(s) == 2}
     tables = {n: c for n, c in matrices.items() if "embed" in n.lower() or ".wte." in n or ".wpe." in n}
@@ -156,7 +158,8 @@ def _torch_load(model: Artifact) -> dict[str, Any]:
     size = config.get("head_dim") or (config.get("hidden_size") or 0) // (heads or 1)
     layers = config.get("num_hidden_layers")
     return {
-        "bytes": FLOAT * (parameters + sum(math.prod(s) for s in shapes.values() if len(s) != 2)),
+        "bytes": FLOAT * (parameters + sum(math.prod(s) for s in shapes.values() if len(s) != 2))
+        - sum(FLOAT * matrices[name] - weights.packed.nbytes(name) for name in weights.packed),
         "parameters": parameters,
         "cache_bytes": _cache(layers, config.get("num_key_value_heads") or heads, size),
         "arithmetic": "fp32",

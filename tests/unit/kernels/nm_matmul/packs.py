@@ -40,3 +40,26 @@ def matrix(rng, rows, columns, value, sparse, group=0, unit=0.5):
     return layout.pack_codes(
         codes(rng, rows, columns, value, sparse), scales, value, group, sparse=sparse, unit=unit
     )
+
+
+PATTERNS = ["1:4", "2:4", "3:4", "2:8", "4:8", "6:8", "4:16", "8:16", "12:16"]
+
+
+def shape(pattern):
+    n, m = pattern.split(":")
+    return int(n), int(m)
+
+
+def patterned(rng, rows, columns, value, pattern, group=0, unit=0.5):
+    """A matrix of an N:M pattern, or a dense one."""
+    if pattern == "dense":
+        return matrix(rng, rows, columns, value, False, group, unit)
+    if value in ("fp16", "bf16"):
+        weight = prune(rng.standard_normal((rows, columns)).astype(np.float32), *shape(pattern))
+        half = weight.astype(np.float16).view(np.uint16)
+        bits = half if value == "fp16" else (weight.view(np.uint32) >> 16).astype(np.uint16)
+        return layout.pack_numbers(bits, value, pattern)
+    low, high = layout.LIMITS[value]
+    whole = prune(rng.integers(low, high + 1, (rows, columns)).astype(np.int8), *shape(pattern))
+    scales = (rng.standard_normal((rows, layout.groups(columns, group))) * 0.05).astype(np.float16)
+    return layout.pack_codes(whole, scales, value, group, sparse=True, unit=unit, pattern=pattern)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from edgesft.core.errors import UsageError
 from edgesft.kernels.nm_matmul import layout, library, reference, torch_op
 from edgesft.kernels.nm_matmul.layout import NotPacked
 
@@ -47,7 +46,7 @@ def test_half_precision_in_is_half_precision_out():
 
 def test_the_operation_keeps_torch_s_rules():
     made, _, _ = layer()
-    said = (96, 100, True, "int4", 32, 0.5, 4)
+    said = (96, 100, "2:4", "int4", 32, 0.5, 4)
     sample = (torch.randn(3, 100), made.stream, made.scales, made.bias, *said)
     torch.library.opcheck(torch_op.packed_linear, sample)
 
@@ -61,6 +60,74 @@ def test_it_compiles_and_exports():
         assert torch.equal(compiled(x), model(x))
     program = torch.export.export(model, (x,))
     assert any("packed_linear" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize(("value", "sparse"), KINDS)
+@pytest.mark.parametrize("native", [True, False])
+def test_gradients_go_through_to_x_and_the_bias(value, sparse, native, monkeypatch):
+    if not native:
+        library._load.cache_clear()
+        monkeypatch.setenv("EDGESFT_NATIVE", "0")
+    made, packed, bias = layer(value, sparse, level=0)
+    made.bias.requires_grad_(True)
+    x = torch.randn(2, 5, 100, requires_grad=True)
+    weight = torch.from_numpy(layout.dense(packed))
+    y = made(x)
+    outer = torch.randn_like(y)
+    y.backward(outer)
+    assert torch.allclose(x.grad, outer @ weight, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(made.bias.grad, outer.sum((0, 1)), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(y, torch.nn.functional.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_are_right_under_compile_and_in_half_precision():
+    made, _, _ = layer(level=0)
+    x = torch.randn(3, 100, requires_grad=True)
+    made(x).square().sum().backward()
+    expected, x.grad = x.grad, None
+    torch.compile(made, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    assert torch.allclose(x.grad, expected)
+    half = x.detach().bfloat16().requires_grad_(True)
+    y = made(half)
+    y.square().sum().backward()
+    assert y.dtype is half.grad.dtype is torch.bfloat16
+    assert torch.allclose(half.grad.float(), expected, rtol=0.1, atol=0.1 * float(expected.abs().max()))
+
+
+def test_the_operations_keep_torch_s_rules_with_gradients():
+    made, _, _ = layer(level=0)
+    said = ("2:4", "int4", 32, 0.5)
+    x = torch.randn(3, 100, requires_grad=True)
+    bias = made.bias.detach().requires_grad_(True)
+    sample = (x, made.stream, made.scales, bias, 96, 100, *said, 0)
+    torch.library.opcheck(torch_op.packed_linear, sample)
+    torch.library.opcheck(
+        torch_op.packed_linear_gradient, (torch.randn(3, 96), made.stream, made.scales, 96, 100, *said)
+    )
+
+
+def test_a_layer_lies_on_the_memory_that_it_is_given():
+    _, packed, _ = layer()
+    made = torch_op.PackedLinear(packed)
+    assert made.stream.data_ptr() == packed.stream.ctypes.data
+    assert made.scales.data_ptr() == packed.scales.ctypes.data
+    fixed = packed.stream.copy()
+    fixed.flags.writeable = False
+    assert torch_op.PackedLinear(dataclasses.replace(packed, stream=fixed)).stream.data_ptr() != (
+        fixed.ctypes.data
+    )
+
+
+def test_a_conversion_leaves_codes_and_scales_alone():
+    made, _, _ = layer()
+    x = torch.randn(2, 100)
+    before = made(x)
+    made.to(torch.bfloat16).float()
+    assert made.scales.dtype == torch.float16
+    assert torch.allclose(made(x), before, atol=0.05)
+    assert made.half().weight.dtype == made.bias.dtype == torch.float16
+    assert tuple(made.weight.shape) == (96, 100)
+    assert made.weight.numel() == 9600
 
 
 def test_two_layers_at_one_address_one_after_the_other():
@@ -78,8 +145,6 @@ def test_two_layers_at_one_address_one_after_the_other():
 
 def test_what_cannot_be_is_refused():
     made, packed, _ = layer()
-    with pytest.raises(UsageError, match="no backward pass"):
-        made(torch.randn(2, 100, requires_grad=True))
     with pytest.raises(NotPacked, match="a stream of"):
         torch_op.PackedLinear(dataclasses.replace(packed, stream=packed.stream[:-1]))
     with pytest.raises((RuntimeError, ValueError)):
