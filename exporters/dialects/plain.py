@@ -401,7 +401,8 @@ class _About:
 
     @property
     def tiled(self) -> list[int]:
-        return [-1, layout.tiles(self.columns), 1, layout.tile_bytes(bool(self.sparse), self.value)]
+        pattern = layout.TWO_FOUR if self.sparse else layout.DENSE
+        return [-1, layout.tiles(self.columns), 1, layout.tile_bytes(pattern, self.value)]
 
     @property
     def grouped(self) -> list[int]:
