@@ -55,8 +55,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture
 def exported(tmp_path: Path, model: Artifact) -> Exported:
-    """A fresh export at a precision, free to be tampered with."""
-    return lambda quantize: execute(Export(quantize=quantize), {"model": model}, tmp_path / quantize)[0]
+    """A fresh export at a precision, free to be tampered with; what a measurement would choose is chance here."""
+
+    def made(quantize: str) -> Artifact:
+        stage = Export(quantize=quantize, sparse="never")
+        return execute(stage, {"model": model}, tmp_path / quantize)[0]
+
+    return made
 
 
 def _tamper(found: Artifact, initializer: str, index: int, change: Callable[[Any], Any]) -> Artifact:
