@@ -55,7 +55,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture
 def exported(tmp_path: Path, model: Artifact) -> Exported:
-    """A fresh export at a precision, free to be tampered with; what a measurement would choose is chance here."""
+    """A fresh export at a precision, free to be tampered with; `auto` would choose by chance."""
 
     def made(quantize: str) -> Artifact:
         stage = Export(quantize=quantize, sparse="never")
