@@ -4,8 +4,9 @@
 
 Each shape in so many different copies that no cache holds them, all contestants by turns, one at a time, each
 in a process of its own that lives as long as the shape; medians over rounds of the ratio inside a round. The
-read bandwidth is measured in our process in the same rounds. Weights of all lie on huge pages. The peers'
-Python has llama-cpp-python, whose ggml is used; without it that row is left out and its bars are skipped.
+read bandwidth is measured in our process in the same rounds; a bar that no kernel could meet which reads our
+bytes at that bandwidth is written down as missed, and does not fail. Weights of all lie on huge pages. The
+peers' Python has llama-cpp-python, whose ggml is used; without it that row is left out, its bars skipped.
 
 EDGESFT_BENCH_ROUNDS (15), EDGESFT_BENCH_OUT (docs/results).
 """
@@ -93,17 +94,19 @@ def row(rows, columns, threads, seconds, bandwidth):
         "read_gb_s": round(statistics.median(bandwidth) / 1e9, 1),
         "us": {name: round(statistics.median(took) * 1e6, 1) for name, took in seconds.items()},
         "share_of_read_bandwidth": {
-            name: round(
-                statistics.median(bytes_[name] / t / b for t, b in zip(took, bandwidth, strict=True)), 3
-            )
-            for name, took in seconds.items()
+            name: _share(bytes_[name], took, bandwidth) for name, took in seconds.items()
         },
         "ratios": {},
     }
     for ours, theirs, bar in BARS:
         if theirs in seconds:
             ratio = statistics.median(b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True))
-            made["ratios"][f"{ours} / {theirs}"] = {"ratio": round(ratio, 2), "bar": bar}
+            # what a kernel would reach that reads our bytes at the whole bandwidth and does nothing else
+            roof = statistics.median(
+                t * b / bytes_[ours] for t, b in zip(seconds[theirs], bandwidth, strict=True)
+            )
+            said = {"ratio": round(ratio, 2), "bar": bar, "ratio_at_the_roof": round(roof, 2)}
+            made["ratios"][f"{ours} / {theirs}"] = said
     sparse = [b / a for a, b in zip(seconds["2:4 int4 g64"], seconds["dense int4 g32"], strict=True)]
     made["due_to_sparsity"] = round(statistics.median(sparse), 2)
     return made
@@ -122,12 +125,17 @@ def test_decode_and_prefill_of_one_layer(ggml):
         prefill.append({"shape": f"{rows}x{columns}", "tokens": 512, "threads": 2, "us": medians})
         print(prefill[-1], flush=True)
     python = peer_python()
-    missed = [
-        f"{each['shape']}, {each['threads']} threads: {name} is {said['ratio']}, the bar {said['bar']}"
-        for each in table
-        for name, said in each["ratios"].items()
-        if said["ratio"] < said["bar"]
-    ]
+    missed, beyond = [], []
+    for each in table:
+        for name, said in each["ratios"].items():
+            if said["ratio"] >= said["bar"]:
+                continue
+            where = f"{each['shape']}, {each['threads']} threads"
+            line = f"{where}: {name} is {said['ratio']}, the bar {said['bar']}"
+            if said["ratio_at_the_roof"] < said["bar"]:  # of the memory, as it was while this was measured
+                beyond.append(f"{line}, the memory allows {said['ratio_at_the_roof']}")
+            else:
+                missed.append(line)
     for each in table:
         rows, columns = map(int, each["shape"].split("x"))
         share, bar = each["share_of_read_bandwidth"]["2:4 int4 g64"], {1: 0.9, 2: 0.8}[each["threads"]]
@@ -148,6 +156,7 @@ def test_decode_and_prefill_of_one_layer(ggml):
             "decode": table,
             "prefill": prefill,
             "missed": missed,
+            "missed_beyond_the_memory": beyond,
         },
     )
     assert not missed, "\n".join(missed)
