@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 METHOD: Final = "compressed-tensors"
 FORMAT: Final = "sparse-24-bitmask"
 WRITTEN_AS: Final = "0.9.4"  # the version whose files ours are like
+_READ = f"`{FORMAT}` or `marlin-24`"
 PARTS: Final = (".compressed", ".bitmask", ".shape")
 TYPES: Final = ("F16", "BF16", "F32")
 WEIGHT: Final = ".weight"
@@ -38,15 +39,13 @@ def sparsity(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     form = about.get("format")
     if about.get("config_groups") or about.get("kv_cache_scheme") or form not in (None, "dense", FORMAT):
         raise ArtifactError(
-            f"its weights are quantised by `{METHOD}` in the format `{form}`, expected `{FORMAT}`", _DENSE
+            f"its weights are quantised by `{METHOD}` in the format `{form}`, expected {_READ}", _DENSE
         )
     if not found:
         return None
     if not isinstance(found, Mapping) or found.get("format") not in (FORMAT, "dense", None):
         form = found.get("format") if isinstance(found, Mapping) else found
-        raise ArtifactError(
-            f"its weights are in the format `{form}` of `{METHOD}`, expected `{FORMAT}`", _DENSE
-        )
+        raise ArtifactError(f"its weights are in the format `{form}` of `{METHOD}`, expected {_READ}", _DENSE)
     return found if found.get("format") == FORMAT else None
 
 

@@ -1,14 +1,15 @@
 """How the weights of a model folder are stored, and one way to read them all: plain, nm-packed, compressed.
 
-`nm-packed` is ours (docs/format.md), `compressed-tensors` the 2:4 checkpoints of `core.compressed`. Both say
-so in config.json under `quantization_config`, so that a reader that does not know them refuses them by name.
+`nm-packed` is ours (docs/format.md), `compressed-tensors` the 2:4 checkpoints of `core.compressed` and
+`core.marlin24`. Both say so in config.json under `quantization_config`, so that a reader that does not know
+them refuses them by name.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
-from edgesft.core import catalog, compressed
+from edgesft.core import catalog, compressed, marlin24
 from edgesft.core.artifact import Artifact
 from edgesft.core.errors import ArtifactError
 from edgesft.core.tokens import read_json
@@ -45,9 +46,19 @@ def form_of(config: Mapping[str, Any], path: Path) -> Form:
     if method != compressed.METHOD:
         raise ArtifactError(f"`{path}` holds weights quantised by `{method}`, expected plain ones")
     try:
+        if _marlin(config) is not None:
+            return "compressed-tensors"
         return "dense" if compressed.sparsity(config) is None else "compressed-tensors"
     except ArtifactError as error:
         raise ArtifactError(f"`{path}` cannot be read: {error.message}", error.hint) from None
+
+
+def _marlin(config: Mapping[str, Any]) -> marlin24.Scheme | None:
+    """How a folder in the format `marlin-24` is quantised; None for any other."""
+    about = config.get("quantization_config")
+    if not isinstance(about, Mapping) or about.get("format") != marlin24.FORMAT:
+        return None
+    return marlin24.scheme(about)
 
 
 def require_plain(found: Artifact, stage: str) -> None:
@@ -65,7 +76,7 @@ def require_plain(found: Artifact, stage: str) -> None:
 class Stored:
     """The weights of a folder by the names that a plain folder has, however they are stored.
 
-    packed: the matrices that are nm-packed, by name (`kernels.nm_matmul.file.Matrices`).
+    packed: the matrices that are, or become, packed ones, by name (`kernels.nm_matmul.file.Matrices`).
     Raises ArtifactError.
     """
 
@@ -79,6 +90,10 @@ class Stored:
             file = catalog.runtime("kernels.nm_matmul.file")
             self.packed = file.Matrices(self.files)
             self._names = _whole(self._names, {file.STREAM: "", file.SCALES: None})
+        elif (how := _marlin(read_json(path / "config.json"))) is not None:
+            self.packed = marlin24.Marlin24(self.files, how)
+            first, *others = marlin24.PARTS
+            self._names = _whole(self._names, {first: marlin24.WEIGHT, **dict.fromkeys(others)})
         elif self.form != "dense":
             self.compressed = compressed.Compressed(self.files)
             first, *others = compressed.PARTS

@@ -221,7 +221,9 @@ class _ToPacked(_Job):
         weight, stage = self.floats(name), self.stage
         before: Any = self.source.packed.get(name)
         group = stage.group if stage.value in CODED else 0
-        same = before is not None and (before.value, before.group) == (stage.value, group)
+        if before is not None:
+            before = packer.regroup(before, group) if before.value == stage.value else None
+        same = before is not None
         pattern = before.pattern if same and stage.pattern is None else stage.pattern
         pattern = pattern or packer.best(weight, stage.value)
         self.note(name, weight, pattern if pattern != stage.pattern else None)

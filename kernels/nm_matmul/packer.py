@@ -1,6 +1,7 @@
 """A float matrix -> a packed one: which pattern, which codes, and how much that moves the weights."""
 
 import math
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -43,6 +44,18 @@ def pack(weight: Floats, value: str, group: int, pattern: str) -> Packed:
     scales = search_scales(scaled, _BITS[value], group)
     found = codes(scaled, scales, _BITS[value], group)
     return layout.pack_codes(found, scales, value, group, sparse=pattern != DENSE, unit=unit, pattern=pattern)
+
+
+def regroup(packed: Packed, group: int) -> Packed | None:
+    """The same weights with a scale for each `group` columns; None where that takes other codes."""
+    if packed.group == group:
+        return packed
+    if packed.value not in OFFSETS or not group or packed.group % group:
+        return None
+    span = packed.group or packed.columns
+    at = np.arange(layout.groups(packed.columns, group)) * group // span
+    laid = packed.scales.reshape(layout.strips(packed.rows), -1, layout.ROWS)[:, at]
+    return replace(packed, group=group, scales=np.ascontiguousarray(laid).reshape(-1))
 
 
 def error(weight: Floats, packed: Packed) -> tuple[float, float]:

@@ -116,8 +116,12 @@ def test_forms(tmp_path: Path, config: dict[str, Any], form: str) -> None:
         ({"bits": 4}, "quantised by `None`"),
         ({"quant_method": "nm-packed", "version": 7}, "nm-packed of version 7, this EdgeSFT reads 1"),
         (
-            {"quant_method": "compressed-tensors", "format": "marlin-24", "config_groups": {"group_0": {}}},
-            "in the format `marlin-24`, expected `sparse-24-bitmask`",
+            {
+                "quant_method": "compressed-tensors",
+                "format": "int-quantized",
+                "config_groups": {"group_0": {}},
+            },
+            "in the format `int-quantized`, expected `sparse-24-bitmask` or `marlin-24`",
         ),
         (
             {"quant_method": "compressed-tensors", "format": "pack-quantized"},

@@ -177,6 +177,20 @@ def test_numbers_are_rounded_to_the_nearest():
         assert np.array_equal(layout.dense(packer.pack(given, value, 0, "2:4")), expected)
 
 
+@pytest.mark.parametrize("columns", [256, 200])
+def test_finer_groups_of_the_same_weights(columns):
+    rng = np.random.default_rng(0)
+    for group in (128, 0):
+        packed = patterned(rng, 40, columns, "int4", "2:4", group)
+        for finer in (32, 64, 128):
+            found = packer.regroup(packed, finer)
+            layout.check(found)
+            assert found.group == finer
+            assert np.array_equal(layout.dense(found), layout.dense(packed))
+    assert packer.regroup(patterned(rng, 40, columns, "int4", "2:4", 64), 128) is None
+    assert packer.regroup(patterned(rng, 40, columns, "int4", "2:4", 64), 0) is None
+
+
 def test_weights_that_cannot_be_packed_are_refused():
     with pytest.raises(NotPacked, match="not finite"):
         packer.pack(np.full((4, 4), np.nan, np.float32), "int4", 32, "dense")
